@@ -1,0 +1,53 @@
+"""Mixed-precision quantization of mixture-of-experts language models.
+
+    import aqtx
+    report = aqtx.apply("quickstart")           # a recipe's path or a shipped name
+    program = aqtx.load("out/quickstart")       # the quantized model
+    logits = program.module()(ids)
+
+Names load on first use, so that `import aqtx` and `aqtx --help` stay fast.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# torchao looks for compiled kernels that this package does not use, and prints two warnings about their absence.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
+if TYPE_CHECKING:
+    from aqtx.checkpoint import load as load
+    from aqtx.checkpoint import save as save
+    from aqtx.errors import InputError as InputError
+    from aqtx.runner import apply as apply
+    from aqtx.pipeline import run as run
+    from aqtx.program import Program as Program
+    from aqtx.tracing import trace as trace
+
+# name -> the module that defines it (PEP 562)
+_HOMES = {
+    "InputError": "aqtx.errors",
+    "Program": "aqtx.program",
+    "trace": "aqtx.tracing",
+    "apply": "aqtx.runner",
+    "run": "aqtx.pipeline",
+    "save": "aqtx.checkpoint",
+    "load": "aqtx.checkpoint",
+}
+_MODULES = ("formats", "numerics")
+
+__all__ = ["InputError", "Program", "__version__", "apply", "formats", "load", "numerics", "run", "save", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"aqtx.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'aqtx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})

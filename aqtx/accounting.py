@@ -1,0 +1,82 @@
+"""Counts of weights, bytes and bits: every weight is quantized, kept or refused, and they add up."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from aqtx.checkpoint import disk_tensors, matrix_tensors
+from aqtx.program import Program, Site
+from aqtx.registry import Refusal
+
+QUANTIZED, KEPT, REFUSED = "quantized", "kept", "refused"
+
+
+def stored_bytes(program: Program) -> int:
+    """Bytes of all tensors that a checkpoint of the program stores."""
+    return sum(tensor.nbytes for _, tensor in disk_tensors(program, {}))
+
+
+def original_bytes(program: Program) -> int:
+    """Bytes of the model before any pass, in the dtype of its graphs."""
+    return sum(spec.numel * spec.dtype.itemsize for spec in program.weights.specs.values())
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of the weights, in elements and in matrices."""
+
+    elements: dict[str, int]
+    sites: dict[str, int]
+    planned_bits: float | None  # over the sites that the plan decides; None where nothing is planned
+    model_bits: float
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of report.json."""
+        return {
+            "weights": self.elements,
+            "sites": self.sites,
+            "average_bits": self.planned_bits,
+            "average_bits_model": self.model_bits,
+        }
+
+
+def account(program: Program, refusals: Iterable[Refusal]) -> Accounting:
+    """Count a finished program; sites that share a parameter count once."""
+    refused = {refusal.site for refusal in refusals}
+    fates = {site.name: _fate(program, site, refused) for site in _unique(program.sites())}
+    members = {site.name: site for site in program.sites()}
+    sites = {fate: sum(found == fate for found in fates.values()) for fate in (QUANTIZED, KEPT, REFUSED)}
+    elements = {
+        fate: sum(members[name].numel for name, found in fates.items() if found == fate)
+        for fate in (QUANTIZED, KEPT, REFUSED)
+    }
+    total = sum(spec.numel for spec in program.weights.specs.values())
+    elements[KEPT] += total - sum(elements.values())  # embeddings, norms and biases are no sites, and are kept
+    planned = [site for site in members.values() if site.get("format") is not None]
+    after = stored_bytes(program)
+    return Accounting(
+        elements={"total": total, **elements},
+        sites={"total": len(fates), **sites},
+        planned_bits=_bits(program, planned),
+        model_bits=after * 8 / total,
+        bytes_after=after,
+    )
+
+
+def _unique(sites: list[Site]) -> list[Site]:
+    return list({site.name: site for site in sites}.values())
+
+
+def _fate(program: Program, site: Site, refused: set[str]) -> str:
+    if site.name in program.codes:
+        return QUANTIZED
+    return REFUSED if site.name in refused else KEPT
+
+
+def _bits(program: Program, planned: list[Site]) -> float | None:
+    """Stored bits per weight over the planned sites, read off the tensors that are stored."""
+    if not planned:
+        return None
+    size = sum(tensor.nbytes for site in planned for _, tensor in matrix_tensors(site.name, program.stored(site), {}))
+    return size * 8 / sum(site.numel for site in planned)

@@ -1,0 +1,69 @@
+"""The role of a weight matrix, read off its name, and the groups of roles that a recipe may keep."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+from aqtx.errors import InputError, nearest
+
+_ROLES = (  # first match wins
+    ("lm_head", r"(^|\.)(lm_head|embed_out)$"),
+    ("shared_expert_gate", r"\.shared_expert_gate$"),
+    ("shared_expert", r"\.shared_experts?\."),
+    ("router", r"\.(mlp|block_sparse_moe|feed_forward)\.(gate|router)$"),
+    ("attn_q", r"\.q_proj$"),
+    ("attn_k", r"\.k_proj$"),
+    ("attn_v", r"\.v_proj$"),
+    ("attn_o", r"\.(self_attn|attention|attn)\.(o_proj|dense|out_proj)$"),
+    ("mlp_gate", r"\.(gate_proj|w1)$"),
+    ("mlp_up", r"\.(up_proj|w3)$"),
+    ("mlp_down", r"\.(down_proj|w2)$"),
+)
+CATEGORIES = (*(role for role, _ in _ROLES), "other")
+GROUPS = {
+    "attention": ("attn_q", "attn_k", "attn_v", "attn_o"),
+    "router": ("router",),
+    "shared_expert_gate": ("shared_expert_gate",),
+    "lm_head": ("lm_head",),
+}
+
+
+def category_of(site: str) -> str:
+    """The role of a site by its checkpoint name."""
+    return next((role for role, pattern in _ROLES if re.search(pattern, site)), "other")
+
+
+def layer_of(site: str) -> int | None:
+    """The index of the block that a site belongs to, or None outside the blocks."""
+    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{site}")
+    return int(found[1]) if found else None
+
+
+def matcher(pattern: str) -> re.Pattern[str]:
+    """A glob over whole site names, where `*` crosses dots, or a regular expression behind `re:`."""
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except re.error as error:
+        raise InputError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def select(names: Iterable[str], selectors: Iterable[str], where: str) -> dict[str, str]:
+    """{site: selector} for the sites that group names or patterns select; each pattern must match.
+
+    A group name (`attention`, `router`, ...) may be empty in a model. All problems are raised at once.
+    """
+    names, chosen, problems = list(names), {}, []
+    for selector in selectors:
+        if selector in GROUPS or selector in CATEGORIES:
+            roles = GROUPS.get(selector, (selector,))
+            hits = [name for name in names if category_of(name) in roles]
+        else:
+            pattern = matcher(selector)
+            hits = [name for name in names if pattern.search(name)]
+            if not hits:
+                hint = nearest(selector, [*GROUPS, *CATEGORIES]) or f"; the first site is {names[0]!r}" if names else ""
+                problems.append(f"{where}: {selector!r} matches no site{hint}")
+        chosen.update({name: selector for name in hits})
+    if problems:
+        raise InputError(*problems)
+    return chosen

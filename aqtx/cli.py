@@ -1,0 +1,105 @@
+"""The command line: picks a command, and turns what goes wrong into one sentence and an exit status.
+
+0 is success, 2 bad input (every problem on a line of its own), 1 any other failure.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import aqtx
+from aqtx.commands import Command, apply, check, ls, report
+from aqtx.errors import InputError, nearest
+
+COMMANDS: tuple[Command, ...] = (apply.COMMAND, check.COMMAND, report.COMMAND, ls.COMMAND)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in this program's form."""
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence and where to read on, instead of the usage lines."""
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
+    try:
+        arguments = parse_arguments(words)
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        return status
+    except InputError as error:
+        return _fail(2, error.problems, show_traceback)
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on from the last finished pass" if words[:1] == ["apply"] else ""
+        return _fail(1, [f"interrupted{hint}"], show_traceback)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `aqtx ls formats | head` is no failure
+        return 0
+    except Exception as error:  # noqa: BLE001 the last line of defence: a user gets a sentence, not a stack
+        reason = " ".join(str(error).split()) or "no message"
+        return _fail(1, [f"{type(error).__name__}: {reason}; AQTX_DEBUG=1 shows where"], show_traceback)
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The chosen command's arguments; overrides may stand between and after options."""
+    parser = build_parser()
+    _check_command(words)
+    arguments, rest = parser.parse_known_args(words)
+    options = [word for word in rest if word.startswith("-")]
+    if options:
+        parser.error(f"{arguments.command}: unknown option {options[0]}")
+    if rest and not hasattr(arguments, "overrides"):
+        parser.error(f"{arguments.command}: unexpected argument {rest[0]!r}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = _Parser(
+        prog="aqtx",
+        description="Mixed-precision quantization of mixture-of-experts language models.",
+        epilog="example:\n  aqtx apply quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"aqtx {aqtx.__version__}")
+    chosen = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = chosen.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"example:\n  {command.example}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(sub)
+        sub.add_argument("--traceback", action="store_true", help="show the full traceback of a failure")
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """Name the nearest command; argparse would list them all."""
+    names = [command.name for command in COMMANDS]
+    first = next(iter(words), "")
+    if first and not first.startswith("-") and first not in names:
+        raise InputError(
+            f"unknown command {first!r}{nearest(first, names) or '; the commands are ' + ', '.join(names)}"
+        )
+
+
+def _fail(status: int, reasons: Sequence[str], show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exc()
+    for reason in reasons:
+        print(f"aqtx: error: {reason}", file=sys.stderr)
+    return status

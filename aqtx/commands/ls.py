@@ -1,0 +1,91 @@
+"""`aqtx ls`: what there is to choose from."""
+
+import argparse
+import dataclasses
+import inspect
+import textwrap
+
+from aqtx.commands import Command
+from aqtx.commands.tables import format_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The one word that says which list."""
+    parser.add_argument("what", choices=sorted(_LISTS), help="which list")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the list."""
+    print(_LISTS[arguments.what]())
+    return 0
+
+
+def list_passes() -> str:
+    """Every pass with its fields: name, type and default."""
+    from aqtx.registry import load_passes
+
+    blocks = []
+    for name, cls in sorted(load_passes().items()):
+        keys = [f"    {field.name}: {_default(field)}" for field in dataclasses.fields(cls)]
+        summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        blocks.append(
+            "\n".join([name, *textwrap.wrap(summary, 100, initial_indent="  ", subsequent_indent="  "), *keys])
+        )
+    return "\n\n".join(blocks)
+
+
+def _default(field: "dataclasses.Field[object]") -> str:
+    from aqtx.schema import plain
+
+    kind = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type).replace("typing.", "")
+    if field.default is not dataclasses.MISSING:
+        return f"{kind} = {plain(field.default)!r}"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"{kind} = {plain(field.default_factory())!r}"
+    return f"{kind} (required)"
+
+
+def list_recipes() -> str:
+    """Every shipped recipe with the comment at its head."""
+    from aqtx.recipe import shipped_recipes
+
+    blocks = []
+    for name, path in shipped_recipes().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        head = [
+            line.lstrip("# ")
+            for line in lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]
+        ]
+        blocks.append("\n".join([name, *(f"  {line}" for line in head)]))
+    return "\n\n".join(blocks)
+
+
+def list_formats() -> str:
+    """The format table; each name takes the suffixes told below it."""
+    from aqtx.formats.table import describe
+
+    rows = describe()
+    table = format_table(list(rows[0]), [list(row.values()) for row in rows])
+    return (
+        f"{table}\n\nbits are per weight of a 2048 x 2048 matrix, scales included. A name may end in a group, in _row "
+        "for a whole row,\n_asym for zero points and @RULE for the scale rule: int4_g64_asym, int8_row, mxfp4@even."
+    )
+
+
+def list_models() -> str:
+    """The shipped checkpoints, then the architectures by their model_type in config.json."""
+    from aqtx.locate import shipped
+    from aqtx.models import MODEL_TYPES
+
+    return f"shipped: {', '.join(shipped())}\narchitectures (model_type in config.json): {', '.join(MODEL_TYPES)}"
+
+
+_LISTS = {"formats": list_formats, "models": list_models, "passes": list_passes, "recipes": list_recipes}
+
+COMMAND = Command(
+    name="ls",
+    summary="list passes, formats, models or recipes",
+    example="aqtx ls formats",
+    add_arguments=add_arguments,
+    run=run,
+)

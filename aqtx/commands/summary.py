@@ -1,0 +1,76 @@
+"""The final words of a run: `report.json` as a table for the terminal."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from aqtx.commands.tables import format_bytes, format_seconds, format_table
+
+
+def summarize(data: dict[str, Any]) -> str:
+    """Size and perplexity before and after, then what each pass did and left alone."""
+    blocks = [
+        format_table(["", "before", "after", "change"], list(_outcome_rows(data))),
+        format_table(
+            ["pass", "time", "changed", "refused", "max difference"], [_pass_row(row) for row in data["passes"]]
+        ),
+        *_refusals(data["passes"]),
+        _totals(data),
+    ]
+    return "\n\n".join(blocks)
+
+
+def _outcome_rows(data: dict[str, Any]) -> Iterator[list[str]]:
+    before, after = data["bytes"]["before"], data["bytes"]["after"]
+    total = data["weights"]["total"]
+    yield ["size", format_bytes(before), format_bytes(after), f"{after / before:.1%} of before"]
+    yield ["bits per weight", f"{before * 8 / total:.2f}", f"{data['average_bits_model']:.2f}", ""]
+    if data["average_bits"] is not None:
+        yield ["  of the planned weights", "", f"{data['average_bits']:.2f}", ""]
+    if data.get("perplexity"):
+        yield _perplexity_row("perplexity", data["perplexity"])
+        for domain, entry in data.get("perplexity_by_domain", {}).items():
+            yield _perplexity_row(f"  {domain}", entry)
+
+
+def _perplexity_row(name: str, entry: dict[str, Any]) -> list[str]:
+    change = f"{format_interval(entry['change'], '+.4f')} nats per token"
+    return [name, format_interval(entry["before"]), format_interval(entry["after"]), change]
+
+
+def format_interval(interval: dict[str, float | None], digits: str = ".3f") -> str:
+    """`12.3 [12.1, 12.5]`, the value with its 95 % interval."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if low is None or high is None:
+        return f"{value:{digits}}"
+    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
+
+
+def _pass_row(row: dict[str, Any]) -> list[str]:
+    difference = row["max_difference"]
+    exact = "" if difference is None else f"{difference:.1e} (tolerance {row['tolerance']:.1e})"
+    return [row["name"], format_seconds(row["seconds"]), str(row["changed"]), str(len(row["refused"])), exact]
+
+
+def _refusals(passes: list[dict[str, Any]]) -> list[str]:
+    """One line per pass and reason, with how many sites it holds for and the first of them."""
+    lines = []
+    for row in passes:
+        reasons = Counter(refusal["why"] for refusal in row["refused"])
+        first = {refusal["why"]: refusal["site"] for refusal in reversed(row["refused"])}
+        for why, count in reasons.items():
+            more = f" and {count - 1} more" if count > 1 else ""
+            lines.append(f"{row['name']} left {first[why]}{more} alone: {why}")
+    return ["\n".join(lines)] if lines else []
+
+
+def _totals(data: dict[str, Any]) -> str:
+    parts = []
+    for fate in ("quantized", "kept", "refused"):
+        count, sites = data["weights"][fate], data["sites"][fate]
+        parts.append(f"{count:,} {fate} ({sites} matrices)")
+    memory = format_bytes(data["peak_memory_bytes"])
+    return (
+        f"{data['weights']['total']:,} weights = {' + '.join(parts)}\n"
+        f"{format_seconds(data['seconds'])}, at most {memory} of memory"
+    )

@@ -1,0 +1,176 @@
+"""A program behind lm-eval's model interface: log-likelihoods through `score`, generation through `step`.
+
+Encoding and truncation follow lm-eval's own `hf` backend, so that the same weights in float32 answer the same: a
+context's trailing spaces move to the continuation, an empty context becomes the start token, what is too long loses its
+left end. Special tokens are those that the tokenizer itself adds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from aqtx.errors import InputError
+from aqtx.generate import Generator
+
+Forward = Callable[[Tensor], Tensor]
+Encoded = tuple[Any, list[int], list[int]]  # key, context, continuation
+Answer = tuple[float, bool]
+_MAX_NEW_TOKENS = 256
+
+
+class ProgramLM(TemplateLM):  # type: ignore[misc]
+    """`forward(ids [B, S]) -> logits` and a tokenizer as an lm-eval model.
+
+    Args:
+        forward: scores whole sequences.
+        tokenizer: one of transformers.
+        max_length: tokens that the model is given at a time.
+        generator: for tasks that generate; without it they are refused.
+        batch_size: sequences at a time.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        generator: Callable[[], Generator] | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.forward, self.tokenizer, self.max_length = forward, tokenizer, max_length
+        self.batch_size = batch_size
+        self._make_generator = generator
+        self._generator: Generator | None = None
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context."""
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else int(start)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's caches."""
+        return str(getattr(self.tokenizer, "name_or_path", "tokenizer")).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; a text that starts with the start token gets no second one."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
+        """(log-probability, is greedy) of each continuation. Equal inputs run once, whatever their last token is."""
+        by_input: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            by_input.setdefault(tuple((context + continuation)[-(self.max_length + 1) : -1]), []).append(index)
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
+        for batch in tqdm(_slices(inputs, self.batch_size), desc="log-likelihoods", disable=disable_tqdm, delay=2):
+            for ids, scores in zip(batch, self._log_probabilities(batch), strict=True):
+                for index in by_input[ids]:
+                    answers[index] = _answer(scores, requests[index][2])
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
+
+    @torch.no_grad()
+    def _log_probabilities(self, batch: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+        """[S, V] of each input. Padding stands on the right, where a causal model cannot see it."""
+        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+        for row, tokens in zip(ids, batch, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        for logits, tokens in zip(self.forward(ids), batch, strict=True):
+            yield logits[: len(tokens)].float().log_softmax(-1).cpu()
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, each token once, in windows that do not overlap but for the last."""
+        windows: list[Encoded] = []
+        owners = []
+        for owner, request in enumerate(requests):
+            pieces = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, pieces):
+                windows.append((None, context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, cut at the first stop sequence."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        texts = [""] * len(requests)
+        batches = [batch for members in groups.values() for batch in _slices(members, self.batch_size)]
+        for batch in tqdm(batches, desc="generation", disable=disable_tqdm, delay=2):
+            for index, text in zip(batch, self._generate([requests[index].args for index in batch]), strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _generate(self, batch: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+        kwargs = normalize_gen_kwargs(batch[0][1], _MAX_NEW_TOKENS)
+        if kwargs.get("do_sample") or kwargs.get("num_beams", 1) != 1:
+            raise InputError("a task asks for sampling or beams; only greedy generation is supported")
+        until = handle_stop_sequences(kwargs.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        longest_stop = max(len(self.tok_encode(word, add_special_tokens=False)) for word in until)
+        room = self.max_length - kwargs["max_gen_toks"]
+        if room < 1:
+            raise InputError(
+                f"a task generates up to {kwargs['max_gen_toks']} tokens, the model's context is {self.max_length}"
+            )
+
+        def stop(made: list[int]) -> bool:
+            # A stop sequence may be split between tokens otherwise than it is alone: look a few tokens further back.
+            tail = self.tokenizer.decode(made[-longest_stop - 4 :])
+            return made[-1] == self.eot_token_id or any(word in tail for word in until)
+
+        prompts = [self.tok_encode(context)[-room:] for context, _ in batch]
+        made = self._generating().continue_greedily(prompts, max_new_tokens=kwargs["max_gen_toks"], stop=stop)
+        for tokens in made:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            yield postprocess_generated_text(generation=text, stop=until, think_end_token=None)
+
+    def _generating(self) -> Generator:
+        if self._generator is None:
+            if self._make_generator is None:
+                raise InputError("a task generates text, and this model was opened for scoring only")
+            self._generator = self._make_generator()
+        return self._generator
+
+
+def _slices(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _answer(scores: Tensor, continuation: list[int]) -> Answer:
+    """Sum of the continuation's log-probabilities on the last rows of `scores`, and whether each is the largest."""
+    targets = torch.tensor(continuation)
+    rows = scores[-len(continuation) :]
+    chosen = rows.gather(1, targets[:, None]).sum()
+    return float(chosen), bool((rows.argmax(-1) == targets).all())

@@ -1,0 +1,142 @@
+"""Rolling perplexity over documents, with strict token accounting.
+
+**Accounting.** Every token of a document except its first is scored exactly once; the first has nothing before it and
+is never scored (where the tokenizer prepends a start token, that is the one not scored). Documents are never joined,
+so no token sees another document. Each document's negative log-likelihood is a sum in nats, and the perplexity of a
+set is exp(sum of sums / number of scored tokens).
+
+**Windows.** The model is given at most `window` tokens at a time. A document of n tokens has n - 1 targets; they are
+cut into runs of at most `window - context`, and each run is scored by a window that ends with it and reaches back as
+far as `window` tokens allow. With `context` 0 the windows but the last do not overlap, so a window's first target
+sees one token only; with context c every target but those near the document's start sees at least c + 1 tokens.
+
+**Batches** hold windows of equal length only: nothing is padded, so a score does not depend on its neighbours.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aqtx.errors import InputError
+from aqtx.text import Document
+
+Progress = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """Negative log-likelihood in nats and number of scored tokens of each document, in the documents' order."""
+
+    domains: tuple[str, ...]
+    nll: np.ndarray  # float64 [num_documents]
+    num_tokens: np.ndarray  # int64 [num_documents]
+    window: int
+    context: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token over all documents."""
+        return float(self.nll.sum() / self.num_tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return float(np.exp(self.mean))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; float64 survives the way through JSON."""
+        return {**asdict(self), "nll": self.nll.tolist(), "num_tokens": self.num_tokens.tolist()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "DocumentScores":
+        """What `to_json` gave."""
+        arrays = {"nll": np.array(data["nll"]), "num_tokens": np.array(data["num_tokens"], dtype=np.int64)}
+        return cls(**{**data, **arrays, "domains": tuple(data["domains"])})
+
+    def of(self, domain: str) -> "DocumentScores":
+        """The scores of one domain's documents."""
+        chosen = np.array([name == domain for name in self.domains])
+        return DocumentScores(
+            tuple(name for name in self.domains if name == domain),
+            self.nll[chosen],
+            self.num_tokens[chosen],
+            self.window,
+            self.context,
+        )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """ids[start:stop] of a document go in; of their successors the last `num_scored` are scored."""
+
+    document: int
+    start: int
+    stop: int
+    num_scored: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def cut_windows(document: int, length: int, *, window: int, context: int = 0) -> Iterator[_Window]:
+    """The windows of one document of `length` tokens: their scored targets tile positions 1 .. length - 1."""
+    first = 1  # position of the run's first target
+    while first < length:
+        # The first run has no earlier context to keep, so it takes the whole window.
+        last = min(first + (window if first == 1 else window - context), length)
+        yield _Window(document, max(0, last - 1 - window), last - 1, last - first)
+        first = last
+
+
+def evaluate_perplexity(
+    forward: Callable[[Tensor], Tensor],
+    documents: Sequence[Document],
+    *,
+    window: int,
+    batch_size: int = 8,
+    context: int = 0,
+    progress: Progress | None = None,
+) -> DocumentScores:
+    """Score documents with `forward(ids [B, S]) -> logits [B, S, V]`; see the module's text for what is counted."""
+    if not 0 <= context < window:
+        raise InputError(f"the window is {window} tokens and its context {context}: it must be 0 to {window - 1}")
+    windows = [
+        piece
+        for index, document in enumerate(documents)
+        for piece in cut_windows(index, len(document.ids), window=window, context=context)
+    ]
+    batches = list(_batches(windows, batch_size))
+    nll = np.zeros(len(documents))
+    for batch in progress(batches, description="perplexity") if progress else batches:
+        for piece, loss in zip(batch, _score(forward, documents, batch), strict=True):
+            nll[piece.document] += loss
+    num_tokens = np.array([len(document.ids) - 1 for document in documents], dtype=np.int64)
+    return DocumentScores(tuple(document.domain for document in documents), nll, num_tokens, window, context)
+
+
+def _batches(windows: Sequence[_Window], batch_size: int) -> Iterator[list[_Window]]:
+    """Windows of equal length together, longest first: what runs out of memory does so at once."""
+    ordered = sorted(windows, key=lambda piece: -piece.length)
+    for _, group in itertools.groupby(ordered, key=lambda piece: piece.length):
+        equal = list(group)
+        for start in range(0, len(equal), batch_size):
+            yield equal[start : start + batch_size]
+
+
+@torch.no_grad()
+def _score(forward: Callable[[Tensor], Tensor], documents: Sequence[Document], batch: Sequence[_Window]) -> list[float]:
+    ids = torch.stack([documents[piece.document].ids[piece.start : piece.stop] for piece in batch])  # [B, S]
+    logits = forward(ids)  # [B, S, V]
+    losses = []
+    for row, piece in zip(logits, batch, strict=True):
+        targets = documents[piece.document].ids[piece.stop + 1 - piece.num_scored : piece.stop + 1]
+        # One row at a time in float32: the upcast of a whole batch of logits would be the largest tensor of the run.
+        scored = row[-piece.num_scored :].float()
+        losses.append(float(torch.nn.functional.cross_entropy(scored, targets.to(scored.device), reduction="sum")))
+    return losses

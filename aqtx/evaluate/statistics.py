@@ -1,0 +1,109 @@
+"""How sure a number is: percentile bootstrap over documents or items, seeded and vectorised.
+
+A document is the unit that is drawn, since tokens of one document are not independent. A resample of D documents is a
+vector of D counts, so 10,000 resamples are one [10000, D] matrix times the sums, done in slices.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from aqtx.errors import InputError
+from aqtx.evaluate.perplexity import DocumentScores
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+_SLICE_ELEMENTS = 4_000_000  # 32 MB of float64 counts at a time
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the ends of its 95 % interval; with a single unit to draw from there are none (None)."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        """{"value", "low", "high"}."""
+        return asdict(self)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def bootstrap_ratio(
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    *,
+    seed: int = 0,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Interval:
+    """Interval of transform(sum of numerators / sum of denominators) over resampled units."""
+    sums = np.stack([numerator, denominator], axis=1).astype(np.float64)  # [D, 2]
+    apply = transform or (lambda ratio: ratio)
+    total = sums.sum(axis=0)
+    value = float(apply(np.asarray(total[0] / total[1])))
+    if len(sums) < 2:
+        return Interval(value, None, None)
+    draws = _resampled(sums, np.random.default_rng(seed))
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(apply(draws[:, 0] / draws[:, 1]), [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
+
+
+def _resampled(sums: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Sums [RESAMPLES, 2] over units drawn with replacement."""
+    num_units = len(sums)
+    step = max(1, _SLICE_ELEMENTS // num_units)
+    slices = []
+    for start in range(0, RESAMPLES, step):
+        rows = min(step, RESAMPLES - start)
+        drawn = random.integers(0, num_units, size=(rows, num_units)) + np.arange(rows)[:, None] * num_units
+        counts = np.bincount(drawn.ravel(), minlength=rows * num_units).reshape(rows, num_units)
+        slices.append(counts.astype(np.float64) @ sums)
+    return np.concatenate(slices)
+
+
+def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
+    """Perplexity with its interval."""
+    return bootstrap_ratio(scores.nll, scores.num_tokens, seed=seed, transform=np.exp)
+
+
+def paired_change(before: DocumentScores, after: DocumentScores, *, seed: int = 0) -> Interval:
+    """Mean change in nats per token, after minus before, with both scored on the same documents in each resample."""
+    same = before.domains == after.domains and np.array_equal(before.num_tokens, after.num_tokens)
+    if not same or (before.window, before.context) != (after.window, after.context):
+        raise InputError("the two perplexities were not taken on the same documents and windows, so they do not pair")
+    return bootstrap_ratio(after.nll - before.nll, before.num_tokens, seed=seed)
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> Interval:
+    """Mean of after minus before over items that pair one to one (task accuracies)."""
+    if before.shape != after.shape:
+        raise InputError(f"{len(before)} items do not pair with {len(after)}")
+    return bootstrap_ratio(after - before, np.ones(len(before)), seed=seed)
+
+
+def perplexity_report(
+    before: DocumentScores | None, after: DocumentScores, *, seed: int = 0
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """The `perplexity` and `perplexity_by_domain` entries of report.json; without `before` only `after` is filled."""
+    domains = dict.fromkeys(after.domains)
+    by_domain = {name: _entry(before.of(name) if before else None, after.of(name), seed=seed) for name in domains}
+    return _entry(before, after, seed=seed), by_domain
+
+
+def _entry(before: DocumentScores | None, after: DocumentScores, *, seed: int) -> dict[str, object]:
+    return {
+        "before": perplexity_interval(before, seed=seed).to_json() if before else None,
+        "after": perplexity_interval(after, seed=seed).to_json(),
+        "change": paired_change(before, after, seed=seed).to_json() if before else None,
+        "num_documents": len(after.nll),
+        "num_tokens": int(after.num_tokens.sum()),
+        "window": after.window,
+        "context": after.context,
+    }

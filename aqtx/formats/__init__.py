@@ -1,0 +1,29 @@
+"""Number formats: the table, exact codecs, packed tensors and the ops that compute with them.
+
+Names resolve on first use, so that checking a format's name does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from aqtx.formats.table import Format, names, parse
+
+if TYPE_CHECKING:
+    from aqtx.formats.codec import fake_quantize, quantize
+    from aqtx.formats.mixed import MixedExperts
+    from aqtx.formats.tensor import QuantizedTensor
+
+__all__ = ["Format", "MixedExperts", "QuantizedTensor", "fake_quantize", "names", "parse", "quantize"]
+
+_HOMES = {
+    "MixedExperts": "aqtx.formats.mixed",
+    "QuantizedTensor": "aqtx.formats.tensor",
+    "fake_quantize": "aqtx.formats.codec",
+    "quantize": "aqtx.formats.codec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

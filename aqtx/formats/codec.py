@@ -1,0 +1,132 @@
+"""The codec: weights to packed codes and back, for every row of the table by the same few steps.
+
+choose scales per block -> divide -> round to the element's grid -> code -> pack. All of it in float32,
+whatever the weight's dtype, in pieces of rows that stay in the cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aqtx.errors import InputError
+from aqtx.formats.packing import pack
+from aqtx.formats.rounding import round_value, value_to_code
+from aqtx.formats.scales import (
+    Affine,
+    Scales,
+    choose_for_blocks,
+    decode_scale,
+    per_matrix_scale,
+    snap_blocks,
+    to_blocks,
+)
+from aqtx.formats.table import NVFP4_SCALE, Format, parse
+from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
+
+__all__ = [
+    "Scales", "check_finite", "choose_scales", "decode_scale", "encode", "fake_quantize", "quantize", "snap",
+]  # fmt: skip
+
+CHUNK_ELEMENTS = 1 << 17  # a float32 piece of this size and its temporaries stay in a core's L2 cache
+
+
+def quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) -> QuantizedTensor:
+    """Round a weight [N, K] or [E, N, K] to the nearest codes of a format. NaN and infinity are errors."""
+    fmt = parse(name, scale_rule=scale_rule)
+    if weight.dim() < 2 or not weight.dtype.is_floating_point:
+        what = f"a {weight.dtype} tensor of shape {list(weight.shape)}"
+        raise InputError(f"cannot quantize {what}: it takes a float weight [.., N, K]")
+    weight = weight.detach()
+    check_finite(weight)
+    return encode(weight, fmt, choose_scales(weight, fmt))
+
+
+def fake_quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) -> Tensor:
+    """`quantize(weight, name).dequantize()` without the codes: same dtype and shape. NaN and inf become NaN."""
+    fmt = parse(name, scale_rule=scale_rule)
+    if not fmt.is_packed:
+        return to_storage_dtype(weight.to(torch.bfloat16).float(), weight.dtype)
+    scales = choose_scales(weight, fmt)
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for rows, part, target in _pieces(weight, scales, fmt, out):
+        values = snap_blocks(to_blocks(rows, fmt), part, fmt).flatten(-2)[..., : weight.shape[-1]]
+        target.copy_(to_storage_dtype(values, weight.dtype))
+    return out
+
+
+def choose_scales(weight: Tensor, fmt: Format) -> Scales:
+    """Stored scales of a weight [..., N, K] by the format's rule."""
+    if not fmt.is_packed:
+        return Scales(weight.new_empty(0))
+    per_tensor = None
+    if fmt.scale is NVFP4_SCALE:
+        per_tensor = per_matrix_scale(weight.abs().amax((-2, -1), keepdim=True).float())
+    pieces = []
+    row_scale = None if per_tensor is None else per_tensor.expand(*weight.shape[:-1], 1).reshape(-1, 1)
+    rows = weight.reshape(-1, weight.shape[-1])
+    step = _rows_per_piece(weight)
+    for start in range(0, max(len(rows), 1), step):
+        blocks = to_blocks(rows[start : start + step], fmt)
+        part = None if row_scale is None else row_scale[start : start + step]
+        pieces.append(choose_for_blocks(blocks, fmt, weight.dtype, part))
+    leading = weight.shape[:-1]
+    scale = torch.cat([piece.scale for piece in pieces]).unflatten(0, leading)
+    if pieces[0].zero_point is None:
+        return Scales(scale, None, per_tensor)
+    zeros = [piece.zero_point for piece in pieces if piece.zero_point is not None]
+    return Scales(scale, torch.cat(zeros).unflatten(0, leading))
+
+
+def snap(weight: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Nearest representable values, float32; decoded `scale` and `zero_point` broadcast against `weight`."""
+    if not fmt.is_packed:
+        return weight.to(torch.bfloat16).float()
+    return round_value(weight.float() / scale, fmt.element, zero_point) * scale
+
+
+def encode(weight: Tensor, name: str | Format, scales: Scales) -> QuantizedTensor:
+    """The packed codes of the nearest values at the given scales."""
+    fmt = parse(name)
+    num_columns, dtype = weight.shape[-1], weight.dtype
+    if not fmt.is_packed:
+        return QuantizedTensor(weight.to(torch.bfloat16).contiguous(), fmt.name, num_columns, dtype)
+    packed = []
+    for rows, part, _ in _pieces(weight, scales, fmt):
+        blocks = to_blocks(rows, fmt)
+        zero_point = None if part.zero_point is None else part.zero_point.unsqueeze(-1)
+        values = round_value(blocks / part.scale.unsqueeze(-1), fmt.element, zero_point)
+        codes = value_to_code(values, fmt.element, zero_point).flatten(-2)[..., :num_columns]
+        packed.append(pack(codes, fmt.element.bits))
+    qdata = torch.cat(packed).unflatten(0, weight.shape[:-1])
+    return QuantizedTensor(
+        qdata, fmt.name, num_columns, dtype, scales.scale.contiguous(), scales.zero_point, scales.per_tensor_scale
+    )
+
+
+def check_finite(weight: Tensor, name: str = "the weight") -> None:
+    """InputError with the first index of a NaN or an infinity, if there is one."""
+    if bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        return  # a NaN or an infinity would have shown in the sum
+    bad = (~torch.isfinite(weight)).nonzero()
+    if len(bad):
+        index = bad[0].tolist()
+        raise InputError(f"{name} has {float(weight[tuple(index)])} at index {index}: nothing to quantize it to")
+
+
+def _rows_per_piece(weight: Tensor) -> int:
+    return max(CHUNK_ELEMENTS // max(weight.shape[-1], 1), 1)
+
+
+def _pieces(
+    weight: Tensor, scales: Scales, fmt: Format, out: Tensor | None = None
+) -> Iterator[tuple[Tensor, Affine, Tensor]]:
+    """Cache-sized runs of rows with their decoded scales, and where their results go."""
+    rows = weight.reshape(-1, weight.shape[-1])
+    decoded = decode_scale(scales, fmt).reshape(-1, scales.scale.shape[-1])
+    zeros = None if scales.zero_point is None else scales.zero_point.reshape(-1, scales.scale.shape[-1])
+    target = rows if out is None else out.view(-1, weight.shape[-1])
+    step = _rows_per_piece(weight)
+    for start in range(0, max(len(rows), 1), step):
+        run = slice(start, start + step)
+        yield rows[run], Affine(decoded[run], None if zeros is None else zeros[run]), target[run]

@@ -1,0 +1,120 @@
+"""Lowerings of `aqtx::grouped_linear` for packed experts.
+
+A stack is a list of buckets, one per format, each [E_b, N, K], and `slots[e]`, the place of expert e in
+their concatenation.
+
+dense     dequantize every bucket inside the graph, then the plain op: Inductor fuses the decoding.
+          For training on accelerators, and where nearly every expert has tokens.
+hit       one opaque op that decodes, when it runs, only the experts that tokens reached.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqtx.formats.grouped import group_bounds
+
+Bucket = Any  # QuantizedTensor or plain Tensor, [E_b, N, K]
+_PART_NAMES = ("qdata", "scale", "zero_point", "per_tensor_scale")
+_lowering: ContextVar[str] = ContextVar("aqtx_lowering", default="auto")
+
+
+@contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Choose `dense`, `hit` or `auto` (hit on a CPU, dense elsewhere) for what is traced or run inside."""
+    if name not in ("auto", "dense", "hit"):
+        raise ValueError(f"no lowering {name!r}: auto, dense or hit")
+    token = _lowering.set(name)
+    try:
+        yield
+    finally:
+        _lowering.reset(token)
+
+
+def current_lowering() -> str:
+    """The name that `lowering` set; part of the compile cache's key."""
+    return _lowering.get()
+
+
+def lower(x: Tensor, buckets: list[Bucket], slots: list[int], offsets: Tensor) -> Tensor:
+    """The grouped linear of packed experts, by the chosen lowering."""
+    choice = _lowering.get()
+    if choice == "dense" or (choice == "auto" and x.device.type != "cpu"):
+        return _dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
+    parts, layout = _describe(buckets)
+    num_outputs = buckets[0].shape[1]
+    return torch.ops.aqtx.grouped_linear_hit(x, offsets, parts, layout, slots, num_outputs)
+
+
+def dequantize_all(buckets: list[Bucket], slots: list[int], dtype: torch.dtype) -> Tensor:
+    """[E, N, K] in the experts' order."""
+    dense = [_dequantize(bucket, dtype) for bucket in buckets]
+    if slots == sorted(slots):
+        return torch.cat(dense) if len(dense) > 1 else dense[0]
+    experts = [expert for stack in dense for expert in stack.unbind(0)]
+    return torch.stack([experts[slot] for slot in slots])
+
+
+def _dense_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if x.device.type == "cuda" and x.dtype is torch.bfloat16:
+        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return torch.ops.aqtx.grouped_linear(x, weight, offsets)
+
+
+def _dequantize(bucket: Bucket, dtype: torch.dtype) -> Tensor:
+    return bucket.dequantize(dtype) if hasattr(bucket, "format_name") else bucket.to(dtype)
+
+
+def _describe(buckets: list[Bucket]) -> tuple[list[Tensor], str]:
+    """Buckets as a flat list of plain tensors and a string that says what they are."""
+    parts: list[Tensor] = []
+    rows = []
+    for bucket in buckets:
+        if not hasattr(bucket, "format_name"):
+            parts.append(bucket)
+            rows.append("")
+            continue
+        present = [name for name in _PART_NAMES if getattr(bucket, name) is not None]
+        parts += [getattr(bucket, name) for name in present]
+        rows.append(f"{bucket.format_name}:{bucket.num_columns}:{'+'.join(present)}")
+    return parts, ",".join(rows)
+
+
+def _rebuild(parts: list[Tensor], layout: str) -> list[Bucket]:
+    """The inverse of `_describe`."""
+    from aqtx.formats.tensor import QuantizedTensor
+
+    remaining = iter(parts)
+    buckets: list[Bucket] = []
+    for row in layout.split(","):
+        if not row:
+            buckets.append(next(remaining))
+            continue
+        name, num_columns, present = row.split(":")
+        named = {part: next(remaining) for part in present.split("+")}
+        qdata = named.pop("qdata")
+        buckets.append(QuantizedTensor(qdata, name, int(num_columns), torch.bfloat16, **named))
+    return buckets
+
+
+@torch.library.custom_op("aqtx::grouped_linear_hit", mutates_args=())
+def grouped_linear_hit(
+    x: Tensor, offsets: Tensor, parts: list[Tensor], layout: str, slots: list[int], num_outputs: int
+) -> Tensor:
+    """`grouped_linear` that decodes only the experts that have rows; `parts` and `layout` are the buckets."""
+    out = x.new_empty(x.shape[0], num_outputs)
+    places = [(bucket, index) for bucket in _rebuild(parts, layout) for index in range(bucket.shape[0])]
+    for expert, start, end in group_bounds(offsets):
+        bucket, index = places[slots[expert]]
+        weight = _dequantize(bucket[index], x.dtype)
+        torch.mm(x[start:end], weight.t(), out=out[start:end])
+    return out
+
+
+@grouped_linear_hit.register_fake
+def _(x: Tensor, offsets: Tensor, parts: list[Tensor], layout: str, slots: list[int], num_outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], num_outputs)

@@ -1,0 +1,63 @@
+"""Find a checkpoint: a local folder, a model shipped with aqtx, or a name on the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from aqtx.errors import InputError, nearest
+
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def shipped() -> dict[str, Path]:
+    """Models that come with aqtx, by name."""
+    import aqtx.models
+
+    folder = Path(aqtx.models.__file__).parent
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        InputError: nothing of that name is here, and the hub has it not or cannot be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    own = shipped()
+    if str(source) in own:
+        return own[str(source)]
+    names = ", ".join(own) or "none"
+    if not _HUB_NAME.match(str(source)):
+        raise InputError(
+            f"model {str(source)!r} is neither a folder nor a shipped model ({names}){nearest(str(source), own)}"
+        )
+    return _from_hub(str(source), names)
+
+
+def _from_hub(name: str, names: str) -> Path:
+    """The hub's cached snapshot, downloaded where it is not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    unknown = f"model {name!r} is neither a folder nor a shipped model ({names})"
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except GatedRepoError:
+        raise InputError(
+            f"model {name!r} asks for its licence to be accepted on the hub, then `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{unknown}, and the hub has no model of that name (a private one needs `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        raise InputError(f"{unknown}, and it is not in the hub's cache while the hub cannot be reached") from None

@@ -1,0 +1,27 @@
+"""How much memory is free, and how much this process has taken at most."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be taken now without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    told = Path("/proc/meminfo")
+    if told.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def resident_bytes() -> int:
+    """Anonymous and shared memory of this process; pages mapped from files can be dropped and do not count."""
+    told = Path("/proc/self/status")
+    if not told.exists():
+        return 0
+    return 1024 * sum(int(size) for size in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", told.read_text()))

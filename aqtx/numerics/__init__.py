@@ -1,0 +1,7 @@
+"""Tensors in, tensors out: no graph, no module, no file."""
+
+from aqtx.numerics.allocate import Allocation, allocate
+from aqtx.numerics.alpha import alpha_hill
+from aqtx.numerics.gptq import gptq
+
+__all__ = ["Allocation", "allocate", "alpha_hill", "gptq"]

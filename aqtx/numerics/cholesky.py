@@ -1,0 +1,64 @@
+"""Triangular factor of damped Hessians, with a stated schedule for those that are not positive definite.
+
+GPTQ needs, for each column, how the error of the columns rounded before it should be made good.
+With `H = R R^T`, R upper triangular, the output error of a row's difference `d = w - q` is
+`|d R|^2`, and component c of `d R` involves the columns up to c only. Rounding column c to the value
+nearest to `w_c + sum_{i<c} d_i R[i, c] / R[c, c]` is therefore GPTQ's greedy choice, and no inverse
+of H is ever formed: a quarter of the arithmetic of the usual factor of the inverse, better conditioned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aqtx.errors import InputError
+
+RETRY_FACTOR = 10.0
+FIRST_RETRY = 1e-4  # damping fraction tried next where none was asked for
+LAST_RETRY = 10.0  # a positive semi-definite matrix factors long before this
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Columns of R over their diagonal (unit upper triangular) and the damping fraction that it took.
+
+    ratios: [E, K, K]; damping: [E], of the mean of the diagonal.
+    """
+
+    ratios: Tensor
+    damping: Tensor
+
+
+def factor(H: Tensor, damp_fraction: float) -> Factor:
+    """Factor each `H + damping * mean(diag(H)) I` of a batch [E, K, K].
+
+    A matrix that fails is tried again with ten times the damping (from 1e-4 where none was asked
+    for) until 10 times the mean of its diagonal is reached. A matrix of zeros counts as the identity.
+
+    Raises:
+        InputError: a matrix is still not positive definite at the end of the schedule.
+    """
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    empty = H.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0
+    damping = torch.full_like(mean, damp_fraction)
+    lower, failed = _attempt(H, (damping + empty) * mean)
+    while failed.any():
+        if bool((damping[failed] >= LAST_RETRY).any()):
+            worst = failed.nonzero().flatten().tolist()
+            raise InputError(f"the Hessians of batch entries {worst} are not positive semi-definite")
+        damping[failed] = (damping[failed] * RETRY_FACTOR).clamp(FIRST_RETRY, LAST_RETRY)
+        again, still = _attempt(H[failed], (damping * mean)[failed])
+        lower[failed] = again
+        failed = failed.masked_scatter(failed, still)
+    lower.div_(lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone())
+    return Factor(lower.flip(-2, -1), damping)
+
+
+def _attempt(H: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors of the flipped, damped matrices, and which of them failed."""
+    damped = H.flip(-2, -1)
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
+    lower, info = torch.linalg.cholesky_ex(damped)
+    return lower, (info != 0) | ~lower.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)

@@ -1,0 +1,140 @@
+"""What a pass is, and the table of all passes by their recipe names."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from aqtx.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from aqtx.program import Program, Site
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site that a pass left alone, and why, as a sentence."""
+
+    site: str
+    why: str
+
+
+@dataclass
+class Changes:
+    """What a pass did: the sites it changed, those it refused, and data for the report."""
+
+    changed: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What the pipeline lends to a pass."""
+
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    load_calibration: Callable[[], Tensor] | None = None
+    work: Path | None = None  # scratch folder, kept until the run is complete: resume points, spilled tensors
+    quiet: bool = False
+    _calibration: Tensor | None = None
+
+    def calibration(self) -> Tensor:
+        """Token ids [num_sequences, length], read and tokenised once."""
+        if self._calibration is None:
+            if self.load_calibration is None:
+                raise InputError("a pass needs calibration text: give `calibration` in the recipe or to aqtx.run")
+            self._calibration = self.load_calibration()
+        return self._calibration
+
+    def progress(self, items: Iterable[Item], *, total: int | None = None, description: str = "") -> Iterator[Item]:
+        """Iterate with a progress bar that shows itself after two seconds and only on a terminal."""
+        hidden = True if self.quiet else None
+        yield from tqdm(items, total=total, desc=description, delay=2.0, disable=hidden, leave=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One graph transform. A subclass's dataclass fields are its recipe keys, its defaults theirs.
+
+    A pass answers three questions in order: which sites it finds, why it refuses one, and what
+    it does to the rest. Set `exact` where the pass claims to keep the function: the pipeline
+    then compares outputs on a probe batch at every run.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[bool] = False
+
+    def validate(self) -> list[str]:
+        """Problems of the pass's own field values, as sentences; no program is needed."""
+        return []
+
+    def find(self, program: "Program") -> list["Site"]:
+        """The sites that the pass is about."""
+        return program.sites()
+
+    def refuse(self, program: "Program", site: "Site") -> str | None:
+        """Why a site that was found is left alone, or None."""
+        return None
+
+    def apply(self, program: "Program", sites: list["Site"], context: Context) -> Changes:
+        """Transform the program at the sites; plans fully before it mutates."""
+        raise NotImplementedError
+
+    def run(self, program: "Program", context: Context) -> Changes:
+        """Find, refuse, apply."""
+        found = self.find(program)
+        refusals = [Refusal(site.name, why) for site in found if (why := self.refuse(program, site)) is not None]
+        refused = {refusal.site for refusal in refusals}
+        changes = self.apply(program, [site for site in found if site.name not in refused], context)
+        changes.refused = refusals + changes.refused
+        return changes
+
+
+PASSES: dict[str, type[Pass]] = {}
+PassType = TypeVar("PassType", bound=type[Pass])
+
+
+def register(name: str) -> Callable[[PassType], PassType]:
+    """Class decorator that puts a pass into the table; a second pass of one name is refused."""
+
+    def add(cls: PassType) -> PassType:
+        if name in PASSES:
+            raise ValueError(f"pass {name!r} is registered twice: {PASSES[name].__module__} and {cls.__module__}")
+        cls.name = name
+        PASSES[name] = cls
+        return cls
+
+    return add
+
+
+def load_passes() -> dict[str, type[Pass]]:
+    """Import every file of `aqtx.passes` and return the table."""
+    import aqtx.passes as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"aqtx.passes.{module.name}")
+    return PASSES
+
+
+def build(name: str, fields: dict[str, Any], where: str) -> tuple[Pass | None, list[str]]:
+    """The pass of a recipe entry, or the problems that stand against it."""
+    from aqtx.schema import parse_fields
+
+    passes = load_passes()
+    if name not in passes:
+        return None, [f"{where}: unknown pass {name!r}{nearest(name, passes)}; `aqtx ls passes` lists them"]
+    made, problems = parse_fields(passes[name], fields, f"{where}.{name}")
+    if made is not None:
+        problems = problems + [f"{where}.{name}: {problem}" for problem in made.validate()]
+    return made, problems

@@ -1,0 +1,96 @@
+"""What became of the model: perplexity by domain, the router's shift, a study's Pareto front."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from aqtx.report.canvas import PALETTE, legend_below, panels
+from aqtx.report.data import Absent, RunData, is_number
+from aqtx.report.figures_maps import draw_grids
+
+
+def domain_change(data: RunData) -> Figure:
+    """Paired change of each domain in nats per token, with its interval."""
+    domains = {"all": data.report.get("perplexity"), **(data.report.get("perplexity_by_domain") or {})}
+    changes = {name: entry["change"] for name, entry in domains.items() if entry and entry.get("change")}
+    if not changes:
+        raise Absent("this run did not measure perplexity before and after.")
+    figure, [axes] = panels(1, 1, height=0.9 + 0.35 * len(changes))
+    for place, change in enumerate(changes.values()):
+        value = change["value"]
+        ends = [[value - _end(change, "low")], [_end(change, "high") - value]]
+        axes.errorbar([value], [place], xerr=ends, fmt="o", color=PALETTE[0], capsize=3)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(changes)), list(changes))
+    axes.set_ylim(len(changes) - 0.5, -0.5)
+    axes.set(xlabel="change in nats per token, after - before (95 % interval)")
+    return figure
+
+
+def _end(interval: dict[str, Any], key: str) -> float:
+    end = interval.get(key)
+    return float(end if is_number(end) else interval["value"])  # type: ignore[arg-type]
+
+
+def router_shift(data: RunData) -> Figure:
+    """Share of tokens whose set of experts differs from the unquantized model's, per layer."""
+    layers = data.details("finetune_router").get("layers")
+    if not layers:
+        raise Absent("no router was finetuned in this run.")
+    figure, [axes] = panels(1, 1)
+    places = np.arange(len(layers))
+    for offset, key, label in ((-0.2, "shift_before", "before finetuning"), (0.2, "shift_after", "after")):
+        axes.bar(places + offset, [100 * row[key] for row in layers], 0.4, label=label, color=PALETTE[offset > 0])
+    axes.set_xticks(places, [str(row["layer"]) for row in layers])
+    axes.set(xlabel="layer", ylabel="tokens with other experts, %")
+    legend_below(axes)
+    return figure
+
+
+def finetune_curve(data: RunData) -> Figure:
+    """Loss of router finetuning, on training batches and on held-out text."""
+    curve = data.details("finetune_router").get("curve")
+    if not curve:
+        raise Absent("no router was finetuned in this run.")
+    figure, [axes] = panels(1, 1)
+    for index, key in enumerate(("training", "validation")):
+        points = [(row["step"], row[key]) for row in curve if is_number(row.get(key))]
+        axes.plot(*zip(*points, strict=True), "-o"[index:] if index else "-", color=PALETTE[index], label=key)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    legend_below(axes)
+    return figure
+
+
+def router_load(data: RunData) -> Figure:
+    """Expert loads after router finetuning, in units of an even share."""
+    layers = data.details("finetune_router").get("layers")
+    if not layers or not layers[0].get("load_after"):
+        raise Absent("no router was finetuned in this run.")
+    return draw_grids(
+        {when: np.array([row[f"load_{when}"] for row in layers]) for when in ("before", "after")},
+        "share of an even load",
+        "cividis",
+    )
+
+
+def pareto(data: RunData) -> Figure:
+    """Perplexity against bytes for every method of a study, with intervals."""
+    points = [row for row in data.study.get("points", []) if is_number(row.get("bytes"))]
+    if not points:
+        raise Absent("this folder holds no study (study.json).")
+    figure, [axes] = panels(1, 1, height=4.4)
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in points)):
+        chosen = sorted((row for row in points if row["method"] == method), key=lambda row: row["bytes"])
+        values = [row["perplexity"]["value"] for row in chosen]
+        ends = np.array(
+            [
+                (v - _end(r["perplexity"], "low"), _end(r["perplexity"], "high") - v)
+                for r, v in zip(chosen, values, strict=True)
+            ]
+        )
+        colour = PALETTE[index % len(PALETTE)]
+        axes.errorbar([row["bytes"] / 1e6 for row in chosen], values, yerr=ends.T, fmt="o-", color=colour, label=method)
+    axes.set(xlabel="model size, MB", ylabel="perplexity")
+    legend_below(axes)
+    return figure

@@ -1,0 +1,175 @@
+"""Round the planned matrices of one block by GPTQ, in waves, within a memory budget.
+
+Experts are taken in quanta: as many consecutive ones as one batch of the solver should hold, by their
+shape alone. A budget decides only how many quanta share a run over the calibration text, never
+what is solved together, so the codes do not depend on how much memory happened to be free.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from aqtx.blocks import Block, Values
+from aqtx.calibrate import Runner, Stage, Want, waves_of
+from aqtx.errors import InputError
+from aqtx.formats import parse
+from aqtx.moments import Moments
+from aqtx.numerics.gptq import Options, Solution, solve
+from aqtx.numerics.shrinkage import pooled_prior
+from aqtx.program import Site
+from aqtx.routing import find_gate_scores, is_inside_experts
+
+Prior = Literal["none", "isotropic", "pooled"]
+POWERS = {"none": 0, "score": 1, "squared_score": 2}
+SOLVE_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}  # workspace of one batch; larger ones are no faster
+POOL_STRIDE = 4  # the pooled moment is of every fourth row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a block is rounded; `budget` is in bytes, for moments and solver together."""
+
+    solver: Options
+    prior: Prior = "pooled"
+    weighting: str = "none"
+    rounded_inputs: bool = True
+    budget: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A quantum of a stage's experts: their moments are collected and used together."""
+
+    stage: Stage
+    experts: list[int]
+    num_bytes: int
+
+
+@dataclass
+class BlockRounder:
+    """Rounds blocks of one program; the rows of `report` tell what each matrix took."""
+
+    runner: Runner
+    settings: Settings
+    report: list[dict[str, Any]] = field(default_factory=list)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+
+    def round(self, block: Block, weights: Values, sites: list[Site]) -> None:
+        """Codes for all `sites` of the block go to the program, their values into `weights`."""
+        for wave in waves_of(block, sites):
+            units = [unit for stage in wave for unit in self._units(stage)]
+            priors: dict[int, Tensor] = {}
+            for run in pack(units, self.settings.budget):
+                moments = self._collect(block, weights, run, priors)
+                for unit, found in zip(run, moments, strict=True):
+                    self._round_unit(unit, found, priors.get(id(unit.stage)), weights)
+                    found.H = found.H.new_empty(0)
+
+    def _units(self, stage: Stage) -> list[Unit]:
+        """A stage's experts in quanta of consecutive numbers."""
+        rows = max(site.shape[0] for sites in stage.sites.values() for site in sites)
+        columns = stage.num_inputs
+        each = 4 * (8 * rows * columns + 3 * columns**2)
+        quantum = max(SOLVE_BYTES.get(self.runner.device.type, SOLVE_BYTES["cpu"]) // each, 1)
+        units: dict[int, list[int]] = {}
+        for expert in stage.experts:
+            units.setdefault(expert // quantum, []).append(expert)
+        return [Unit(stage, experts, len(experts) * (each + 4 * columns**2)) for experts in units.values()]
+
+    def _collect(self, block: Block, weights: Values, run: list[Unit], priors: dict[int, Tensor]) -> list[Moments]:
+        """Moments of the units; a stage met for the first time leaves its pooled moment in `priors`."""
+        wanted, pools = [], []
+        for unit in run:
+            stage, device = unit.stage, self.runner.device
+            power, scores = POWERS[self.settings.weighting], None
+            if power and stage.offsets is not None:
+                scores = find_gate_scores(stage.offsets, block.nodes, power)
+            wanted.append(Want(stage, Moments.empty(unit.experts, stage.num_inputs, device), scores))
+            if self.settings.prior == "pooled" and id(stage) not in priors and pools_well(stage, block):
+                pool = Want(stage, Moments.empty([0], stage.num_inputs, device), scores, POOL_STRIDE)
+                priors[id(stage)] = pool.moments.H
+                pools.append(pool)
+        self.runner.collect(block, weights, wanted + pools)
+        for pool in pools:
+            priors[id(pool.stage)] = pooled_prior(pool.moments.H[0], pool.moments.tokens[0])
+        return [want.moments for want in wanted]
+
+    def _round_unit(self, unit: Unit, moments: Moments, prior: Tensor | None, weights: Values) -> None:
+        """Solve each node's experts, one batch a format."""
+        for node, sites in unit.stage.sites.items():
+            batches: dict[str, list[Site]] = {}
+            for site in sites:
+                if (site.expert or 0) in moments.place:
+                    batches.setdefault(site.get("format"), []).append(site)
+            for format_name, batch in batches.items():
+                self._round_batch(batch, format_name, moments, prior, weights)
+            del node
+
+    def _round_batch(self, sites: list[Site], name: str, moments: Moments, prior: Tensor | None, weights: Values) -> None:
+        """Solve experts of one node and format; keep their codes, and compute with them from now on."""
+        parameter = sites[0].node.args[1]
+        assert isinstance(parameter, fx.Node)
+        stack = weights[parameter] if sites[0].expert is not None else weights[parameter].unsqueeze(0)
+        experts = [site.expert or 0 for site in sites]
+        places = [moments.place[expert] for expert in experts]
+        tokens = None if self.settings.prior == "none" else moments.tokens[places]
+        H = moments.H if len(places) == len(moments.H) else moments.H[places]
+        try:
+            found = solve(stack[experts], H, parse(name), num_tokens=tokens, prior=prior, options=self.settings.solver)
+        except InputError as error:
+            raise InputError(*(f"{sites[0].name} and {len(sites) - 1} more: {said}" for said in error.problems)) from error
+        for index, site in enumerate(sites):
+            code = found.tensor[index]
+            self.runner.program.codes[site.name] = code.to("cpu")
+            if self.settings.rounded_inputs:
+                stack[experts[index]] = code.dequantize(stack.dtype)
+        self._tell(sites, moments, found)
+
+    def _tell(self, sites: list[Site], moments: Moments, found: Solution) -> None:
+        """Rows of the report."""
+        damp = self.settings.solver.damp_fraction
+        for index, site in enumerate(sites):
+            power = float(found.power[index])
+            tokens = float(moments.tokens[moments.place[site.expert or 0]])
+            self.report.append(
+                {
+                    "site": site.name,
+                    "tokens": round(tokens, 1) if tokens % 1 else int(tokens),
+                    "damping": float(found.damping[index]),
+                    "damping_raised": float(found.damping[index]) - damp if found.damping[index] > damp * 1.001 else 0.0,
+                    "shrinkage": float(found.pseudo_tokens[index]),
+                    "error_before": float(found.nearest_error[index]) / power if power else 0.0,
+                    "error_after": float(found.error[index]) / power if power else 0.0,
+                    "rows_nearest": int(found.rows_nearest[index]),
+                }
+            )
+            largest = self.channels.get(site.weight)
+            self.channels[site.weight] = moments.largest if largest is None else torch.maximum(largest, moments.largest)
+
+
+def pools_well(stage: Stage, block: Block) -> bool:
+    """Whether a stage's experts draw their inputs from one distribution."""
+    return stage.offsets is not None and not is_inside_experts(stage.source, stage.offsets, block.nodes)
+
+
+def pack(units: list[Unit], budget: int) -> list[list[Unit]]:
+    """Runs of consecutive units that fit into the budget together.
+
+    Raises:
+        InputError: one unit alone does not fit.
+    """
+    runs: list[list[Unit]] = []
+    left = 0
+    for unit in units:
+        if unit.num_bytes > budget:
+            name = next(iter(unit.stage.sites.values()))[0].name
+            need, have = unit.num_bytes / 2**20, max(budget, 0) / 2**20
+            raise InputError(f"{name} needs {need:.0f} MiB for its second moments, {have:.0f} MiB are left: raise max_memory")
+        if not runs or unit.num_bytes > left:
+            runs.append([])
+            left = budget
+        runs[-1].append(unit)
+        left -= unit.num_bytes
+    return runs

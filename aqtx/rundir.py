@@ -1,0 +1,65 @@
+"""The output folder of a run: staged under a second name, complete or not there at all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from aqtx.errors import InputError
+from aqtx.fingerprint import first_difference
+from aqtx.shards import sha256
+
+_FINGERPRINT = "fingerprint.json"
+CHECKSUMS = "checksums.json"
+
+
+class RunDirectory:
+    """Where a run writes. Files are made in `staging` and appear under `output` when all are there.
+
+    `work` holds resume points; it goes away with success.
+    """
+
+    def __init__(self, output: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.output = output
+        self.staging = output.with_name(output.name + ".partial")
+        self.work = self.staging / "work"
+        self._refuse(resume, overwrite)
+        if overwrite and not resume:
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _refuse(self, resume: bool, overwrite: bool) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"output {self.output} is a file; name a folder")
+        if self.output.exists() and any(self.output.iterdir()) and not (overwrite or resume):
+            raise InputError(f"output {self.output} holds files already; pass --overwrite to replace it or choose another output")
+        if self.staging.exists() and not (overwrite or resume):
+            raise InputError(f"output {self.output} has an unfinished run beside it ({self.staging.name}); pass --resume or --overwrite")
+
+    @property
+    def complete(self) -> bool:
+        """A finished run stands under the output name."""
+        return (self.output / CHECKSUMS).exists()
+
+    def begin(self, fingerprint: dict[str, Any]) -> None:
+        """Open the staging folder, or check that an unfinished run was started from the same things."""
+        file = self.work / _FINGERPRINT
+        if file.exists():
+            difference = first_difference(json.loads(file.read_text()), fingerprint)
+            if difference:
+                raise InputError(f"cannot resume {self.staging}: {difference}; start again with --overwrite")
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(fingerprint, indent=1))
+
+    def finish(self) -> None:
+        """Write checksums, drop the resume points and rename into place; an old run goes last."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        files = sorted(file for file in self.staging.rglob("*") if file.is_file())
+        sums = {file.relative_to(self.staging).as_posix(): sha256(file) for file in files}
+        (self.staging / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+        old = self.output.with_name(self.output.name + ".old")
+        if self.output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.output.rename(old)
+        self.staging.rename(self.output)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""Run a recipe from checkpoint to report: trace, passes, evaluation before and after, write."""
+
+import json
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from aqtx.accounting import account, original_bytes
+from aqtx.alpha_table import write_alpha_csv
+from aqtx.checkpoint import open_program, write_model
+from aqtx.errors import InputError
+from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.statistics import perplexity_report
+from aqtx.fingerprint import code_hash, source_hashes, versions
+from aqtx.pipeline import Run
+from aqtx.program import Program
+from aqtx.recipe import Recipe, load_recipe, parse_recipe
+from aqtx.registry import Context, Refusal
+from aqtx.rundir import RunDirectory
+from aqtx.state import CODES, restore_state, save_state
+from aqtx.text import Document, calibration, evaluation, load_tokenizer
+
+_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MAX_WINDOW = 2048  # tokens given to the model at a time when scoring, unless its context is shorter
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run measured (`report.json`), and where it lies."""
+
+    directory: Path
+    data: dict[str, Any]
+
+
+def apply(recipe: str | Path | dict[str, Any], **overrides: Any) -> Report:
+    """Run a recipe: a file, a shipped name, or its content as a dict.
+
+    Args:
+        recipe: what to do.
+        overrides: recipe keys with `__` for dots (`model__source="tinymoe"`), and `resume` or `overwrite`.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    flags = {name: bool(overrides.pop(name, False)) for name in ("resume", "overwrite")}
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    if isinstance(recipe, dict):
+        return apply_recipe(parse_recipe(recipe, dotted), **flags)
+    return apply_recipe(load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in dotted.items()]), **flags)
+
+
+def apply_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Report:
+    """Run a validated recipe and write its output folder."""
+    if recipe.output is None:
+        raise InputError("output: this key is required to apply a recipe")
+    directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
+    if resume and directory.complete:
+        return Report(directory.output, json.loads((directory.output / "report.json").read_text()))
+    return _Runner(recipe, directory, quiet).run()
+
+
+class _Runner:
+    """One run; its methods are its stages, in order."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, quiet: bool) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.started = time.perf_counter()
+        self.program = open_program(recipe.model.source, _DTYPES[recipe.model.dtype])
+        self.program.device = device_of(recipe.device)
+        self.context = Context(seed=recipe.seed, device=self.program.device, work=directory.work, quiet=quiet)
+        self.context.load_calibration = self._calibration
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self) -> Report:
+        documents = self._documents()
+        self.directory.begin(self._fingerprint(documents))
+        before_bytes = original_bytes(self.program)
+        before = self._score(documents, "before")
+        refusals = self._run_passes()
+        after = self._score(documents, "after")
+        staging = self.directory.staging
+        write_model(self.program, staging)
+        write_alpha_csv(self.program, staging / "alpha.csv")
+        accounting = account(self.program, refusals)
+        data = {
+            "name": self.directory.output.name,
+            **accounting.to_json(),
+            "bytes": {"before": before_bytes, "after": accounting.bytes_after},
+            **_perplexity(before, after, self.recipe.seed),
+            "passes": self.rows,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "versions": versions(),
+            "settings": self.recipe.resolved(),
+        }
+        return self._write_report(data)
+
+    def _fingerprint(self, documents: list[Document] | None) -> dict[str, Any]:
+        folder = self.program.folder
+        return {
+            "recipe": self.recipe.resolved(),
+            "source": source_hashes(folder) if folder is not None else {},
+            "evaluation tokens": sum(len(document.ids) for document in documents or []),
+            "code": code_hash(),
+            "versions": versions(),
+        }
+
+    def _run_passes(self) -> list[Refusal]:
+        self.program.codes.spill_to(self.directory.work / CODES)
+        self.rows = restore_state(self.program, self.directory.work)
+        done = len(self.program.history)
+
+        def after_pass(run: Run) -> None:
+            self.rows.append(run.rows[-1].to_json())
+            save_state(self.program, self.rows, self.directory.work)
+
+        Run(self.program, self.context, first_place=done).execute(self.recipe.passes[done:], after_pass)
+        return [Refusal(**refusal) for row in self.rows for refusal in row["refused"]]
+
+    def _calibration(self) -> torch.Tensor:
+        return calibration(self.recipe.calibration, load_tokenizer(self._folder()), self.recipe.seed)
+
+    def _folder(self) -> Path:
+        if self.program.folder is None:
+            raise InputError(f"model {self.recipe.model.source} has no folder with a tokenizer")
+        return self.program.folder
+
+    def _documents(self) -> list[Document] | None:
+        spec = self.recipe.evaluate
+        if spec is None or spec.perplexity is None:
+            return None
+        return evaluation(spec.perplexity, load_tokenizer(self._folder()), max_tokens=spec.max_tokens)
+
+    def _score(self, documents: list[Document] | None, moment: str) -> DocumentScores | None:
+        """Perplexity of the program as it stands; kept with the resume points, as is every finished stage."""
+        if documents is None or self.recipe.evaluate is None:
+            return None
+        file = self.directory.work / f"scores-{moment}.json"
+        if file.exists():
+            return DocumentScores.from_json(json.loads(file.read_text()))
+        spec = self.recipe.evaluate
+        context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
+        scores = evaluate_perplexity(
+            self.program.module(),
+            documents,
+            window=spec.window or min(context_size, _MAX_WINDOW),
+            batch_size=spec.batch_size,
+            progress=self.context.progress,
+        )
+        file.write_text(json.dumps(scores.to_json()))
+        return scores
+
+    def _write_report(self, data: dict[str, Any]) -> Report:
+        staging = self.directory.staging
+        (staging / "recipe.yaml").write_text(yaml.safe_dump({**data["settings"], "versions": data["versions"]}, sort_keys=False))
+        (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+        if self.recipe.report:
+            from aqtx.report import write_report
+
+            write_report(staging)
+        self.directory.finish()
+        return Report(self.directory.output, data)
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` takes a GPU when there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, but torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _perplexity(before: DocumentScores | None, after: DocumentScores | None, seed: int) -> dict[str, Any]:
+    if before is None or after is None:
+        return {"perplexity": None, "perplexity_by_domain": {}}
+    overall, by_domain = perplexity_report(before, after, seed=seed)
+    return {"perplexity": overall, "perplexity_by_domain": by_domain}

@@ -1,0 +1,56 @@
+"""The architectures that aqtx implements itself, by the `model_type` of config.json."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aqtx.errors import InputError
+
+if TYPE_CHECKING:
+    from aqtx.models.decoder import CausalLM
+
+MODEL_TYPES: dict[str, tuple[str, str]] = {
+    "olmoe": ("olmoe", "Olmoe"),
+    "mixtral": ("mixtral", "Mixtral"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2Moe"),
+    "deepseek": ("deepseek", "Deepseek"),
+    "llama": ("llama", "Llama"),
+    "mistral": ("llama", "Llama"),
+    "qwen2": ("llama", "Llama"),
+    "qwen3": ("llama", "Llama"),
+    "smollm3": ("llama", "Llama"),
+}
+
+
+def supported(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of an architecture implemented here."""
+    return config.get("model_type") in MODEL_TYPES
+
+
+def build(config: Mapping[str, Any]) -> "CausalLM":
+    """The model of a config.json, with unset weights.
+
+    Raises:
+        InputError: the architecture or one of its settings is not supported; names each.
+    """
+    if not supported(config):
+        raise InputError(f"config.json: model_type {config.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}")
+    module, name = MODEL_TYPES[config["model_type"]]
+    model: CausalLM = getattr(importlib.import_module(f"aqtx.models.{module}"), name).from_dict(config)
+    return model
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return config

@@ -1,0 +1,72 @@
+"""Causal grouped-query attention with rotary positions, as all decoders of this folder have it.
+
+Legend of shapes: see `layers.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aqtx.models.config import DecoderConfig
+from aqtx.models.layers import RMSNorm
+
+Cache = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, G, C, D], written in place
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention needs to know of places: rotations [B or 1, 1, S, D] and masks, None = causal."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None  # of layers with full attention
+    window_mask: Tensor | None  # of layers with a sliding window
+    slots: Tensor | None  # [S] cache slots that this call writes
+
+
+class Attention(nn.Module):
+    """Causal attention; norms, biases, clipping and window as the config says."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.windowed, self.rotated = config.windows[layer] is not None, config.rotated[layer]
+        hidden, queries = config.hidden_size, config.num_heads * config.head_size
+        keys = config.num_kv_heads * config.head_size
+        self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, hidden, bias=config.out_bias)
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = RMSNorm(config.head_size if per_head else queries, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_size if per_head else keys, config.norm_eps)
+
+    def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
+        """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.qk_norm == "row":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.clip_qkv is not None:
+            q, k, v = (t.clamp(-self.config.clip_qkv, self.config.clip_qkv) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_size)) for t in (q, k, v))  # [B, S, heads, D]
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.rotated:
+            q, k = rotate_half(q, at), rotate_half(k, at)
+        if cache is not None and at.slots is not None:
+            k, v = cache[0].index_copy_(2, at.slots, k), cache[1].index_copy_(2, at.slots, v)
+        mask = at.window_mask if self.windowed else at.mask
+        gqa = self.config.num_kv_heads != self.config.num_heads
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+def rotate_half(x: Tensor, at: Positions) -> Tensor:
+    """Rotary embedding in the two-halves layout of the Llama family: x [B, heads, S, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * at.cos + torch.cat((-second, first), dim=-1) * at.sin

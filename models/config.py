@@ -1,0 +1,110 @@
+"""config.json as the decoders read it: typed fields, HF's defaults, and every problem told at once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aqtx.errors import InputError
+from aqtx.models.rotary import ROPE_KINDS, Rope
+
+
+class Fields:
+    """A config.json under the eyes of one architecture. Problems are collected and raised by `check`."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.problems: list[str] = []
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; `default` where the key is missing or null."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.problems.append(f"config.json: {key} must be a positive whole number, not {value!r}")
+            return 1
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A real number."""
+        value = self.config.get(key, default)
+        if not isinstance(value, (int, float)):
+            self.problems.append(f"config.json: {key} must be a number, not {value!r}")
+            return default
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A truth value."""
+        return bool(self.config.get(key, default))
+
+    def only(self, key: str, supported: object) -> None:
+        """Refuse by name any value other than the one supported; a missing key is the supported value."""
+        value = self.config.get(key)
+        if value is not None and value != supported:
+            self.problems.append(f"config.json: {key} {value!r} is not supported, only {supported!r}")
+
+    def rope(self, default_theta: float = 10000.0) -> Rope:
+        """The rotary variant; unknown ones are refused by name."""
+        kind = Rope.kind_of(self.config)
+        if kind not in ROPE_KINDS:
+            supported = ", ".join(ROPE_KINDS)
+            self.problems.append(f"config.json: rope type {kind!r} is not supported, only {supported}")
+            return Rope(theta=default_theta)
+        return Rope.from_dict(self.config, default_theta)
+
+    def check(self) -> None:
+        """Raise what was found."""
+        if self.problems:
+            raise InputError(*self.problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What all decoders of this folder have. Per layer: `windows` (None = full attention), `rotated`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: str | None = None  # "row": over all heads together, "head": each head by itself
+    clip_qkv: float | None = None
+    windows: tuple[int | None, ...] = ()
+    rotated: tuple[bool, ...] = ()
+
+    @classmethod
+    def read(cls, fields: Fields, *, default_theta: float = 10000.0, tied: bool = False, **own: Any) -> "DecoderConfig":
+        """The shared fields; `own` are what the architecture decides for itself."""
+        fields.only("hidden_act", "silu")
+        fields.only("partial_rotary_factor", 1.0)
+        heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        layers = fields.integer("num_hidden_layers")
+        shared: dict[str, Any] = {
+            "vocab_size": fields.integer("vocab_size"),
+            "hidden_size": hidden,
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": fields.integer("num_key_value_heads", heads),
+            "head_size": fields.integer("head_dim", max(1, hidden // heads)),
+            "norm_eps": fields.number("rms_norm_eps", 1e-6),
+            "rope": fields.rope(default_theta),
+            "tie_word_embeddings": fields.flag("tie_word_embeddings", tied),
+            "windows": (None,) * layers,
+            "rotated": (True,) * layers,
+        }
+        if shared["num_heads"] % shared["num_kv_heads"]:
+            fields.problems.append(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads")
+        return cls(**(shared | own))
+
+
+def sliding_windows(fields: Fields, size: int | None, default_types: list[str]) -> tuple[int | None, ...]:
+    """The window of each layer, from `layer_types` where config.json has it, else from the family's rule."""
+    types = fields.config.get("layer_types") or default_types
+    for kind in sorted(set(types) - {"full_attention", "sliding_attention"}):
+        fields.problems.append(f"config.json: layer type {kind!r} is not supported")
+    return tuple(size if kind == "sliding_attention" else None for kind in types)

@@ -1,0 +1,104 @@
+"""The shell around the blocks: embedding, positions and masks, final norm, head, the two entries.
+
+`model(ids)` scores whole sequences. `model(ids, pos, start, kv)` continues sequences whose keys and
+values lie in `kv`, two tensors [B, G, C, D] a layer that the call writes in place: one compiled
+graph serves prefill and decoding. Legend of shapes: see `layers.py`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aqtx.models.attention import Attention, Cache, Positions
+from aqtx.models.config import DecoderConfig
+from aqtx.models.layers import RMSNorm
+from aqtx.models.rotary import Rotary
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward: a pure function of its inputs and weights."""
+
+    def __init__(self, config: DecoderConfig, layer: int, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
+        """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
+        x = x + self.self_attn(self.input_layernorm(x), at, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and rotary frequencies."""
+
+    def __init__(self, config: DecoderConfig, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary = Rotary(config.rope, config.head_size)
+
+
+class CausalLM(nn.Module):
+    """ids [B, S] -> logits [B, S, vocabulary]."""
+
+    def __init__(self, config: DecoderConfig, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.decoder_config = config
+        self.model = Decoder(config, blocks)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, ids: Tensor, pos: Tensor | None = None, start: Tensor | None = None, kv: list[Tensor] | None = None
+    ) -> Tensor:
+        """Score `ids`, or, with a cache, continue.
+
+        Args:
+            ids: [B, S].
+            pos: [S] cache slots of these tokens, the same for all sequences.
+            start: [B] first slot that holds a token; the slots before it are left padding.
+            kv: keys and values of each layer in turn, [B, G, C, D], written in place.
+        """
+        x = self.model.embed_tokens(ids)
+        if pos is None or start is None or kv is None:
+            at = self._scoring(ids, x.dtype)
+        else:
+            at = self._continuing(pos, start, kv[0], x.dtype)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, at, None if kv is None else (kv[2 * layer], kv[2 * layer + 1]))
+        logits: Tensor = self.lm_head(self.model.norm(x))
+        return logits
+
+    def make_cache(self, batch: int, slots: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """An empty cache for `batch` sequences of up to `slots` tokens, padding included."""
+        config, weight = self.decoder_config, self.lm_head.weight
+        shape = (batch, config.num_kv_heads, slots, config.head_size)
+        return [weight.new_zeros(shape, dtype=dtype or weight.dtype) for _ in range(2 * config.num_layers)]
+
+    @property
+    def _window(self) -> int | None:
+        """The width of the sliding window, None where all layers see everything."""
+        return next((window for window in self.decoder_config.windows if window is not None), None)
+
+    def _scoring(self, ids: Tensor, dtype: torch.dtype) -> Positions:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        cos, sin = self.model.rotary(places.unsqueeze(0), dtype)
+        if self._window is None:
+            return Positions(cos, sin, mask=None, window_mask=None, slots=None)
+        behind = places.unsqueeze(1) - places  # [S, S], how far each key lies behind the query
+        window_mask = (behind >= 0) & (behind < self._window)
+        return Positions(cos, sin, mask=None, window_mask=window_mask, slots=None)
+
+    def _continuing(self, pos: Tensor, start: Tensor, keys: Tensor, dtype: torch.dtype) -> Positions:
+        cos, sin = self.model.rotary((pos - start.unsqueeze(1)).clamp(min=0), dtype)
+        slots = torch.arange(keys.shape[2], device=pos.device)
+        behind = pos.unsqueeze(1) - slots  # [S, C]
+        # Padding sees itself: a row with nothing to attend to would be NaN.
+        mask = (behind == 0) | ((behind >= 0) & (slots >= start.view(-1, 1, 1, 1)))  # [B, 1, S, C]
+        window_mask = None if self._window is None else mask & (behind < self._window)
+        return Positions(cos, sin, mask=mask, window_mask=window_mask, slots=pos)

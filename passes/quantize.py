@@ -1,0 +1,29 @@
+"""`quantize`: round every planned site to the nearest codes of its format."""
+
+from dataclasses import dataclass
+
+from aqtx.errors import InputError
+from aqtx.formats import quantize
+from aqtx.program import Program, Site
+from aqtx.registry import Changes, Context, Pass, register
+
+
+@register("quantize")
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Round to nearest, in the format of the plan; needs no data."""
+
+    requires = ("assign_plan",)
+
+    def find(self, program: Program) -> list[Site]:
+        """Sites that the plan gives a packed format."""
+        return [site for site in program.sites() if site.get("format") not in (None, "bf16")]
+
+    def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
+        """One matrix at a time, so that memory holds one and the codes."""
+        for site in context.progress(sites, description="quantize"):
+            try:
+                program.codes[site.name] = quantize(program.read(site).to(program.dtype), site.get("format"))
+            except InputError as error:
+                raise InputError(*(f"{site.name}: {problem}" for problem in error.problems)) from error
+        return Changes(changed=[site.name for site in sites])

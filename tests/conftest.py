@@ -1,0 +1,46 @@
+"""Settings of the whole suite, one thread and no network, and the one run of the quickstart that many tests look at."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch or a hub client.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """`aqtx apply quickstart`, run once. Read only: a test that writes copies `directory` first."""
+
+    root: Path  # where it ran; the output is below
+    directory: Path
+    stdout: str
+    seconds: float
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory) -> Quickstart:
+    """The README's main job, from the command line, in a folder of its own."""
+    root = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-m", "aqtx", "apply", "quickstart"]
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    directory = root / "out" / "quickstart"
+    report = json.loads((directory / "report.json").read_text())
+    return Quickstart(root, directory, done.stdout, time.perf_counter() - started, report)

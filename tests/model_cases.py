@@ -1,0 +1,115 @@
+"""Small random models of transformers' own classes, and the way from their folders into ours."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aqtx.models import build, load_config
+from aqtx.models.decoder import CausalLM
+from aqtx.reader import CheckpointReader
+from aqtx.tensor_names import NamesTable
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+MOE = {"num_experts": 8, "num_experts_per_tok": 3}
+QWEN_MOE = MOE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 80}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+# name -> (model_type, settings beside SMALL)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmoe": ("olmoe", MOE),
+    "olmoe-clip-norm": ("olmoe", MOE | {"clip_qkv": 0.3, "norm_topk_prob": True, "num_key_value_heads": 4}),
+    "olmoe-bias": ("olmoe", MOE | {"attention_bias": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 4, "sliding_window": 5, "head_dim": 8}),
+    "qwen2-moe": ("qwen2_moe", QWEN_MOE),
+    "qwen2-moe-sparse-step": ("qwen2_moe", QWEN_MOE | {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "qwen2-moe-dense-layers": ("qwen2_moe", QWEN_MOE | {"mlp_only_layers": [0], "qkv_bias": False}),
+    "qwen2-moe-window": (
+        "qwen2_moe",
+        QWEN_MOE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 5e4}}),
+    "llama-dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}, "max_position_embeddings": 8},
+    ),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False, "beta_fast": 16.0}},
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-tied-bias": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+}
+MOE_CASES = ("olmoe", "mixtral", "qwen2-moe")
+
+
+def oracle(name: str, **settings: Any) -> nn.Module:
+    """transformers' model of a case, with random weights, norms and biases that matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, own = CASES[name]
+    config = AutoConfig.for_model(model_type, **(SMALL | own | settings))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    randomize(model)
+    return model
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights of a spread that lets every part of the architecture reach the logits."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name and parameter.dim() == 1 else 0.1 * noise)
+
+
+def ours(folder: Path) -> CausalLM:
+    """Our model of a checkpoint folder, in float32, after the checks that every run makes."""
+    config = load_config(folder)
+    model, reader = build(config).eval(), CheckpointReader(folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    reader.check(shapes, tied=model.state_dict().keys() - shapes.keys())
+    table = NamesTable(shapes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parts = [reader.get(key) for key in table.to_disk[name]]
+            parameter.copy_(parts[0] if parts[0].shape == parameter.shape else torch.stack(parts))
+    return model
+
+
+def token_ids(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
+    """Random tokens of the small vocabulary."""
+    return torch.randint(0, SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))

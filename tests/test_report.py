@@ -1,0 +1,212 @@
+"""The page of a run: every section present, numbers and figures from the data alone, gaps said in words."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from aqtx.errors import InputError
+from aqtx.report import write_report
+from aqtx.report.canvas import save_figure
+from aqtx.report.data import read_run
+from aqtx.report.figures_maps import draw_grids, layer_map
+from aqtx.report.fits import all_fits
+from aqtx.report.numbers import decimal, interval, megabytes
+from aqtx.report.write import PARTS
+
+LAYERS, EXPERTS, COLUMNS = (
+    3,
+    4,
+    ("layer_name", "alpha_hill", "category", "shape", "numel", "k_used", "n_eigs", "method"),
+)
+
+
+def sites():
+    for layer in range(LAYERS):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"model.layers.{layer}.self_attn.{name}"
+        for expert in range(EXPERTS):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+
+
+def change(value):
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+def gptq_row(name, index):
+    return {
+        "site": name,
+        "tokens": 7 * index,
+        "damping": 0.01,
+        "shrinkage": 0.5,
+        "error_before": 0.02,
+        "error_after": 0.01 + 1e-4 * index,
+    }
+
+
+def report_of(names):
+    perplexity = {"before": change(20.0), "after": change(21.0), "change": change(0.05), "num_documents": 9}
+    experts = [name for name in names if ".experts." in name]
+    router = {
+        "layers": [
+            {"layer": i, "shift_before": 0.3, "shift_after": 0.1, "load_before": [1.0] * 4, "load_after": [1.0] * 4}
+            for i in range(LAYERS)
+        ],
+        "curve": [{"step": 0, "training": 3.0, "validation": 3.1}, {"step": 5, "training": 2.9, "validation": 3.0}],
+    }
+    return {
+        "name": "sample <run>",
+        "weights": {"total": 10, "quantized": 7, "kept": 2, "refused": 1},
+        "sites": {"total": 10, "quantized": 7, "kept": 2, "refused": 1},
+        "average_bits": 4.9,
+        "average_bits_model": 6.1,
+        "bytes": {"before": 20_000_000, "after": 8_000_000},
+        "perplexity": perplexity,
+        "perplexity_by_domain": {"wiki": perplexity},
+        "tasks": {"hellaswag": {"metric": "acc_norm", "num_items": 50, "before": change(0.3), "after": change(0.29)}},
+        "passes": [
+            {"name": "assign_plan", "seconds": 1.5, "changed": 40, "refused": [{"site": names[0], "why": "kept"}]},
+            {"name": "gptq", "seconds": 61, "changed": 36, "refused": [], "max_difference": None,
+             "details": {"sites": [gptq_row(name, index) for index, name in enumerate(experts)]}},
+            {"name": "finetune_router", "seconds": 3, "changed": 3, "refused": [], "details": router},
+        ],
+        "peak_memory_bytes": 2e9,
+        "seconds": 200,
+        "versions": {"torch": "2.13.0"},
+        "settings": {"seed": 0, "model": {"source": "tinymoe"}},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    names = list(sites())
+    random = np.random.default_rng(0)
+    alphas = {name: float(value) for name, value in zip(names, random.uniform(2, 6, len(names)), strict=True)}
+    for file, shift in (("alpha.csv", 0.0), ("alpha_after.csv", 0.1)):
+        with (folder / file).open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, restval="x")
+            writer.writeheader()
+            writer.writerows({"layer_name": n, "alpha_hill": a + shift, "numel": 128 * 64} for n, a in alphas.items())
+    entries = {
+        name: {"format": "mxfp4" if index % 2 else "mxfp8", "bytes": 4352 * (2 - index % 2), "error": 0.01, "why": "x"}
+        for index, name in enumerate(names)
+    }
+    (folder / "plan.json").write_text(json.dumps({"method": "alpha", "gap": 1e-4, "sites": entries}))
+    (folder / "report.json").write_text(json.dumps(report_of(names)))
+    points = [
+        {"method": m, "bytes": b, "perplexity": change(20 + 1e7 / b)} for m in ("alpha", "uniform") for b in (5e6, 6e6)
+    ]
+    (folder / "study.json").write_text(json.dumps({"points": points}))
+    write_report(folder)
+    return folder
+
+
+def test_every_section_and_figure_is_there_and_nothing_is_fetched(run_folder):
+    page = (run_folder / "report.html").read_text()
+    stems = [stem for part in PARTS for stem in part.figures]
+    assert [path.stem for path in sorted((run_folder / "figures").iterdir())] == sorted(stems)
+    assert re.findall(r'<section id="([a-z]+)"', page) == [part.anchor for part in PARTS]
+    assert re.findall(r'id="figure-([a-z_]+)"', page) == stems
+    assert 'class="absent"' not in page
+    assert all(link.startswith(("#", "data:")) for link in re.findall(r'(?:src|href)="([^"]*)"', page))
+    assert "<script" not in page
+    assert "sample &lt;run&gt;" in page
+
+
+def test_numbers_of_the_data_stand_in_the_tables(run_folder):
+    page = (run_folder / "report.html").read_text()
+    for words in (
+        "8.00 MB",
+        "40.0 % of before",
+        "20.00 [19.99, 20.01]",
+        "+0.0500 [+0.0400, +0.0600]",
+        "kept by name",
+        "2.13.0",
+    ):
+        assert words in page, words
+    assert "larger than chance explains" in page
+
+
+def test_equal_data_gives_equal_pages_and_figures(run_folder):
+    before = {path.name: path.read_bytes() for path in run_folder.rglob("*.*") if path.is_file()}
+    write_report(run_folder)
+    after = {path.name: path.read_bytes() for path in run_folder.rglob("*.*") if path.is_file()}
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Draw, but render no pixels: drawing is where missing data shows, rendering is what takes the time."""
+
+    def save(draw, path):
+        draw()
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("aqtx.report.write.save_figure", save)
+
+
+@pytest.mark.parametrize("missing", ["report.json", "plan.json", "alpha.csv", "study.json"])
+@pytest.mark.usefixtures("quick_figures")
+def test_a_missing_file_leaves_a_sentence(run_folder, tmp_path, missing):
+    for path in run_folder.glob("*.*"):
+        if path.name != missing and path.suffix != ".html":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r'<section id="([a-z]+)"', page) == [part.anchor for part in PARTS]
+    assert '<p class="absent">' in page
+
+
+def test_a_broken_file_is_noted_and_an_empty_folder_refused(run_folder, tmp_path):
+    with pytest.raises(InputError, match="not a run"):
+        write_report(tmp_path)
+    with pytest.raises(InputError, match="not a folder"):
+        write_report(tmp_path / "none")
+    (tmp_path / "plan.json").write_text("{")
+    (tmp_path / "report.json").write_text(json.dumps({"name": "bare"}))
+    assert "plan.json cannot be read" in write_report(tmp_path).read_text()
+
+
+def test_maps_put_each_value_at_its_layer_and_expert(run_folder):
+    data = read_run(run_folder)
+    grid = data.expert_grid("alpha", "down_proj")
+    assert grid.shape == (LAYERS, EXPERTS)
+    assert grid[2, 3] == data.sites["model.layers.2.mlp.experts.3.down_proj"]["alpha"]
+    assert data.attention_grid("bits").shape == (LAYERS, 4)
+    figure = layer_map("alpha", "alpha")(data)
+    assert isinstance(figure, Figure)
+    assert [axes.get_title() for axes in figure.axes] == ["gate_proj", "up_proj", "down_proj", "attention", ""]
+
+
+def test_fits_explain_what_they_should():
+    x = np.linspace(-1, 3, 400)
+    parabola = {fit.name: fit.r_squared for fit in all_fits(x, x**2 - 2 * x)}  # symmetric about x = 1: no line helps
+    assert parabola["linear"] == pytest.approx(0, abs=1e-9)
+    assert parabola["quadratic"] == pytest.approx(1, abs=1e-9)
+    wave = {fit.name: fit.r_squared for fit in all_fits(x, np.abs(x - 1))}
+    assert wave["LOESS"] > 0.9 > wave["linear"]
+    assert [fit.name for fit in all_fits(np.array([1.0, 2.0, 1.0]), np.ones(3))] == []
+
+
+def test_numbers_read_well():
+    assert megabytes(19_940_000) == "19.94 MB"
+    assert (decimal(None), decimal(0.00001), decimal(2)) == ("–", "1.0e-05", "2.000")
+    assert interval({"value": 1.0, "low": None, "high": None}, 1) == "1.0"
+
+
+def test_a_saved_figure_holds_no_date(tmp_path):
+    for name in ("a.png", "b.png"):
+        save_figure(lambda: Figure(figsize=(1, 1)), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_map_of_equal_values_has_one_colour():
+    figure = draw_grids({"a": np.full((2, 2), 0.01), "b": np.full((2, 2), 0.01 * (1 + 1e-15))}, "error")
+    low, high = figure.axes[0].images[0].get_clim()
+    assert low < 0.009
+    assert high > 0.011

@@ -1,0 +1,73 @@
+"""The output folder: complete or absent, never half, and nothing that existed is lost by accident."""
+
+import json
+
+import pytest
+
+from aqtx.errors import InputError
+from aqtx.fingerprint import first_difference
+from aqtx.rundir import CHECKSUMS, RunDirectory
+from aqtx.shards import sha256
+
+
+def finished(output, text="new"):
+    run = RunDirectory(output, overwrite=True)
+    run.begin({"recipe": 1})
+    (run.staging / "report.json").write_text(text)
+    run.finish()
+    return run
+
+
+def test_files_appear_only_when_the_run_is_complete(tmp_path):
+    output = tmp_path / "run"
+    run = RunDirectory(output)
+    run.begin({"recipe": 1})
+    (run.staging / "report.json").write_text("{}")
+    assert not output.exists()
+    run.finish()
+    assert (output / "report.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_checksums_name_every_file(tmp_path):
+    output = tmp_path / "run"
+    finished(output)
+    assert json.loads((output / CHECKSUMS).read_text()) == {"report.json": sha256(output / "report.json")}
+
+
+def test_an_output_that_holds_files_is_refused_and_left_alone(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds files already; pass --overwrite"):
+        RunDirectory(output)
+    assert (output / "mine.txt").read_text() == "precious"
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_is_complete(tmp_path):
+    output = tmp_path / "run"
+    finished(output, "old")
+    run = RunDirectory(output, overwrite=True)
+    run.begin({"recipe": 2})
+    assert (output / "report.json").read_text() == "old"
+    (run.staging / "report.json").write_text("new")
+    run.finish()
+    assert (output / "report.json").read_text() == "new"
+
+
+def test_an_unfinished_run_asks_for_resume_or_overwrite(tmp_path):
+    RunDirectory(tmp_path / "run").begin({"recipe": 1})
+    with pytest.raises(InputError, match="pass --resume or --overwrite"):
+        RunDirectory(tmp_path / "run")
+
+
+def test_resume_names_the_first_difference(tmp_path):
+    RunDirectory(tmp_path / "run").begin({"recipe": {"seed": 0, "passes": [{"gptq": {"damp_fraction": 0.01}}]}})
+    run = RunDirectory(tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match=r"recipe\.passes\.0\.gptq\.damp_fraction was 0\.01 and is now 0\.02"):
+        run.begin({"recipe": {"seed": 0, "passes": [{"gptq": {"damp_fraction": 0.02}}]}})
+
+
+def test_first_difference_of_equal_things_is_none():
+    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b was None and is now 2"

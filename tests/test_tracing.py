@@ -1,0 +1,91 @@
+"""Tracing: canonical graphs, sites by checkpoint name, and true sizes on meta within bounded memory."""
+
+import subprocess
+import sys
+
+import torch
+from torch import fx
+
+import aqtx
+from aqtx.program import LINEAR, grouped_linear_op
+from tests.tiny import OLMOE, random_model
+
+IDS = torch.randint(0, 192, (3, 17), generator=torch.Generator().manual_seed(1))
+
+OLMOE_1B_7B = OLMOE | {
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "vocab_size": 50304,
+}
+
+
+def count(graph: fx.Graph, target: object) -> int:
+    return sum(node.target is target for node in graph.nodes)
+
+
+def test_traced_module_computes_the_same_bits_at_other_sizes_than_traced():
+    model = random_model()
+    module = aqtx.trace(model).module()
+    for ids in (IDS, IDS[:1, :1], IDS[:1]):
+        with torch.no_grad():
+            assert torch.equal(module(ids), model(ids)), ids.shape
+
+
+def test_one_node_per_matrix_multiply_and_per_norm():
+    graph = aqtx.trace(random_model()).graph
+    layers = OLMOE["num_hidden_layers"]
+    assert count(graph, grouped_linear_op()) == 3 * layers
+    assert count(graph, LINEAR) == 5 * layers + 1  # q k v o router, and the head
+    assert count(graph, torch.ops.aten.rms_norm.default) == 4 * layers + 1
+
+
+def test_graphs_hold_no_guards_and_no_assertions():
+    graph = aqtx.trace(random_model()).graph
+    left = [node.format_node() for node in graph.nodes if "assert" in str(node.target) or node.op == "call_module"]
+    assert not left
+
+
+def test_sites_carry_checkpoint_names_roles_and_layers():
+    sites = {site.name: site for site in aqtx.trace(random_model()).sites()}
+    assert len(sites) == 2 * (5 + 3 * 4) + 1
+    expert = sites["model.layers.1.mlp.experts.3.down_proj"]
+    assert (expert.category, expert.layer, expert.expert, expert.shape) == ("mlp_down", 1, 3, (128, 64))
+    assert sites["model.layers.0.mlp.gate"].category == "router"
+    assert sites["lm_head"].layer is None
+
+
+def test_read_returns_one_expert_as_a_float32_copy():
+    model = random_model()
+    program = aqtx.trace(model)
+    site = next(site for site in program.sites() if site.name.endswith("experts.2.up_proj"))
+    matrix = program.read(site)
+    assert matrix.dtype is torch.float32
+    assert torch.equal(matrix, model.model.layers[0].mlp.experts.up_proj[2].float())
+    matrix.zero_()
+    assert program.read(site).abs().sum() > 0
+
+
+def test_annotations_are_lists_over_experts_in_node_metadata():
+    program = aqtx.trace(random_model())
+    site = next(site for site in program.sites() if site.name.endswith("experts.2.up_proj"))
+    site.set("alpha", 3.5)
+    assert site.node.meta["custom"]["aqtx"]["alpha"] == [None, None, 3.5, None]
+    assert site.get("alpha") == 3.5
+
+
+def test_true_olmoe_traces_on_meta_under_one_gigabyte():
+    code = (
+        "import resource, torch; from aqtx.models import build; from aqtx.tracing import build_program\n"
+        f"config = {OLMOE_1B_7B!r}\n"
+        "program = build_program(lambda: build(config), None, config=config, dtype=torch.bfloat16)\n"
+        "print(len(program.sites()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    sites, peak = map(int, out.split())
+    assert sites == 16 * (5 + 3 * 64) + 1 == 3153
+    assert peak < 1e9
