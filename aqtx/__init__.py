@@ -18,12 +18,13 @@ __version__ = "0.1.0"
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 if TYPE_CHECKING:
+    from aqtx.alpha_table import alpha as alpha
     from aqtx.checkpoint import load as load
     from aqtx.checkpoint import save as save
     from aqtx.errors import InputError as InputError
-    from aqtx.runner import apply as apply
     from aqtx.pipeline import run as run
     from aqtx.program import Program as Program
+    from aqtx.runner import apply as apply
     from aqtx.tracing import trace as trace
 
 # name -> the module that defines it (PEP 562)
@@ -31,6 +32,7 @@ _HOMES = {
     "InputError": "aqtx.errors",
     "Program": "aqtx.program",
     "trace": "aqtx.tracing",
+    "alpha": "aqtx.alpha_table",
     "apply": "aqtx.runner",
     "run": "aqtx.pipeline",
     "save": "aqtx.checkpoint",
@@ -38,7 +40,7 @@ _HOMES = {
 }
 _MODULES = ("formats", "numerics")
 
-__all__ = ["InputError", "Program", "__version__", "apply", "formats", "load", "numerics", "run", "save", "trace"]
+__all__ = [*_HOMES, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,10 @@ def stored_bytes(program: Program) -> int:
 
 def original_bytes(program: Program) -> int:
     """Bytes of the model before any pass, in the dtype of its graphs."""
-    return sum(spec.numel * spec.dtype.itemsize for spec in program.weights.specs.values())
+    tied = program.weights.tied
+    return sum(
+        spec.numel * spec.dtype.itemsize for name, spec in program.weights.specs.items() if name not in tied
+    )
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,15 @@ class Accounting:
 def account(program: Program, refusals: Iterable[Refusal]) -> Accounting:
     """Count a finished program; sites that share a parameter count once."""
     refused = {refusal.site for refusal in refusals}
-    fates = {site.name: _fate(program, site, refused) for site in _unique(program.sites())}
+    tied = program.tied()
+    fates = {site.name: _fate(program, site, refused) for site in _unique(program.sites()) if site.weight not in tied}
     members = {site.name: site for site in program.sites()}
     sites = {fate: sum(found == fate for found in fates.values()) for fate in (QUANTIZED, KEPT, REFUSED)}
     elements = {
         fate: sum(members[name].numel for name, found in fates.items() if found == fate)
         for fate in (QUANTIZED, KEPT, REFUSED)
     }
-    total = sum(spec.numel for spec in program.weights.specs.values())
+    total = sum(spec.numel for name, spec in program.weights.specs.items() if name not in tied)
     elements[KEPT] += total - sum(elements.values())  # embeddings, norms and biases are no sites, and are kept
     planned = [site for site in members.values() if site.get("format") is not None]
     after = stored_bytes(program)

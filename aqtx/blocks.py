@@ -39,7 +39,7 @@ def split_blocks(graph: fx.Graph, weights: Collection[str]) -> list[Block]:
         if node.op not in ("get_attr", "placeholder", "output"):
             members[place[node]].append(node)
     blocks: list[Block] = []
-    needed = {node for node in graph.output_node().all_input_nodes}
+    needed = set(graph.output_node().all_input_nodes)
     for index in range(len(members) - 1, -1, -1):
         nodes, own = members[index], set(members[index])
         read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own)

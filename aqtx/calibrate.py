@@ -98,6 +98,11 @@ class Runner:
         for index, batch in enumerate(ids.split(batch_size)):
             self.stream.write(index, {placeholder: batch})
 
+    def num_bytes(self, block: Block) -> int:
+        """Memory that the block's parameters take."""
+        specs = [self.program.weights.specs.get(str(node.target)) for node in block.parameters]
+        return sum(spec.numel * spec.dtype.itemsize for spec in specs if spec is not None)
+
     def load(self, block: Block) -> Values:
         """The block's parameters as the program computes with them, copies that may be written to."""
         program, values = self.program, {}

@@ -67,6 +67,8 @@ def config_of(program: Program, formats: dict[str, str]) -> dict[str, Any]:
     """The source's config with the quantization that `load` needs."""
     config = {key: value for key, value in program.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(program.dtype).removeprefix("torch.")
+    if program.weights.tied and not program.tied():
+        config["tie_word_embeddings"] = False
     if formats or program.edits:
         config["quantization_config"] = {
             "quant_method": "aqtx",
@@ -82,8 +84,10 @@ def disk_tensors(program: Program, formats: dict[str, str]) -> Iterator[tuple[st
 
     Fills `formats` with the format of each quantized site on the way.
     """
-    sites = program.sites_by_weight()
+    sites, tied = program.sites_by_weight(), program.tied()
     for name in program.weights.names():
+        if name in tied:
+            continue
         if name not in sites:
             yield name, program.weights.get(name)
         for site in sites.get(name, []):
@@ -144,7 +148,7 @@ def load(directory: str | Path) -> Program:
 
 def open_program(source: str | Path, dtype: torch.dtype | None) -> Program:
     """A Program over a checkpoint: local folder, shipped name or hub name, quantized or not."""
-    from aqtx.models import build, load_config
+    from aqtx.models import build, load_config, supported
     from aqtx.reader import CheckpointReader, locate
 
     folder = locate(source)
@@ -153,10 +157,16 @@ def open_program(source: str | Path, dtype: torch.dtype | None) -> Program:
     dtype = dtype or reader.dtype()
     quantization = config.get("quantization_config", {})
     weights = CheckpointSource(reader, quantization.get("formats", {}), dtype)
-    program = build_program(lambda: build(config), weights, config=config, dtype=dtype, folder=folder)
+    if supported(config):
+        program = build_program(lambda: build(config), weights, config=config, dtype=dtype, folder=folder)
+        tied = program.weights.tied
+        stored = {name: spec.shape for name, spec in program.weights.specs.items() if name not in tied}
+        reader.check(stored, quantized=weights.formats, tied=tied)
+    else:
+        from aqtx.huggingface.program import foreign_source, trace_foreign
+
+        program = trace_foreign(config, foreign_source(reader, config, dtype, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
-    tied = ["lm_head.weight"] if "lm_head.weight" not in weights.shapes else []
-    reader.check(weights.shapes, quantized=weights.formats, tied=tied)
     for edit in quantization.get("edits", []):
         program.edit(edit)
     return program

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -25,3 +26,26 @@ def resident_bytes() -> int:
     if not told.exists():
         return 0
     return 1024 * sum(int(size) for size in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", told.read_text()))
+
+
+class PeakMemory:
+    """Context that watches `resident_bytes` from a thread; `num_bytes` is the largest value seen."""
+
+    def __init__(self, every_seconds: float = 0.02) -> None:
+        self.num_bytes = resident_bytes()
+        self._every = every_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.num_bytes = max(self.num_bytes, resident_bytes())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._every):
+            self.num_bytes = max(self.num_bytes, resident_bytes())

@@ -47,7 +47,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """What `plan.json` holds; keys of an entry that say nothing are left out."""
-        facts = {"method": self.method, "budget": self.budget, "average_bits": self.average_bits}
+        facts: dict[str, Any] = {"method": self.method, "budget": self.budget, "average_bits": self.average_bits}
         facts |= {"cost": self.cost, "bound": self.bound, "gap": self.gap, "warnings": self.warnings}
         return {**facts, "sites": {name: _entry_json(entry) for name, entry in self.sites.items()}}
 

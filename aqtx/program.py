@@ -92,7 +92,7 @@ class Program:
 
     def read(self, site: Site) -> Tensor:
         """The site's matrix [N, K], a float32 copy."""
-        return self.weights.matrix(site.weight, site.expert).to(torch.float32, copy=True)
+        return self.weights.precise(site.weight, site.expert)
 
     def entry(self, name: str) -> fx.GraphModule:
         """An entry's graph; `step` is traced when first asked for, with all structural edits replayed."""
@@ -107,8 +107,9 @@ class Program:
 
     def edit(self, edit: dict[str, Any]) -> None:
         """Make one structural edit on every entry and remember it."""
-        from aqtx.structure import replay
+        from aqtx.structure import prepare, replay
 
+        prepare(self, edit)
         for graph_module in self.entries.values():
             replay(graph_module, [edit])
         self.edits.append(edit)
@@ -132,6 +133,10 @@ class Program:
         """One matrix as a checkpoint stores it: codes where they exist, else the weight itself."""
         return self.codes[site.name] if site.name in self.codes else self.weights.matrix(site.weight, site.expert)
 
+    def tied(self) -> set[str]:
+        """Parameters, a tied head, that a checkpoint does not store: they equal another one and have no codes."""
+        return {name for name in self.weights.shared() if name.removesuffix(".weight") not in self.codes}
+
     def module(self, entry: str = "score") -> nn.Module:
         """A runnable module over the program's weights: `ids [B, S] -> logits [B, S, V]`."""
         source = self.entry(entry)
@@ -153,6 +158,7 @@ def bind(
     for name, value in buffers.items():
         _assign(root, name, value.to(device))
     for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, lambda value: device if isinstance(value, torch.device) else value)
         node.kwargs = {key: device if isinstance(value, torch.device) else value for key, value in node.kwargs.items()}
     bound = fx.GraphModule(root, graph)
     return bound.eval()

@@ -98,18 +98,17 @@ class BlockRounder:
 
     def _round_unit(self, unit: Unit, moments: Moments, prior: Tensor | None, weights: Values) -> None:
         """Solve each node's experts, one batch a format."""
-        for node, sites in unit.stage.sites.items():
+        for sites in unit.stage.sites.values():
             batches: dict[str, list[Site]] = {}
             for site in sites:
                 if (site.expert or 0) in moments.place:
                     batches.setdefault(site.get("format"), []).append(site)
-            for format_name, batch in batches.items():
-                self._round_batch(batch, format_name, moments, prior, weights)
-            del node
+            for batch in batches.values():
+                self._round_batch(batch, moments, prior, weights)
 
-    def _round_batch(self, sites: list[Site], name: str, moments: Moments, prior: Tensor | None, weights: Values) -> None:
+    def _round_batch(self, sites: list[Site], moments: Moments, prior: Tensor | None, weights: Values) -> None:
         """Solve experts of one node and format; keep their codes, and compute with them from now on."""
-        parameter = sites[0].node.args[1]
+        fmt, parameter = parse(sites[0].get("format")), sites[0].node.args[1]
         assert isinstance(parameter, fx.Node)
         stack = weights[parameter] if sites[0].expert is not None else weights[parameter].unsqueeze(0)
         experts = [site.expert or 0 for site in sites]
@@ -117,9 +116,10 @@ class BlockRounder:
         tokens = None if self.settings.prior == "none" else moments.tokens[places]
         H = moments.H if len(places) == len(moments.H) else moments.H[places]
         try:
-            found = solve(stack[experts], H, parse(name), num_tokens=tokens, prior=prior, options=self.settings.solver)
+            found = solve(stack[experts], H, fmt, num_tokens=tokens, prior=prior, options=self.settings.solver)
         except InputError as error:
-            raise InputError(*(f"{sites[0].name} and {len(sites) - 1} more: {said}" for said in error.problems)) from error
+            batch = f"{sites[0].name} and {len(sites) - 1} more"
+            raise InputError(*(f"{batch}: {problem}" for problem in error.problems)) from error
         for index, site in enumerate(sites):
             code = found.tensor[index]
             self.runner.program.codes[site.name] = code.to("cpu")
@@ -129,16 +129,17 @@ class BlockRounder:
 
     def _tell(self, sites: list[Site], moments: Moments, found: Solution) -> None:
         """Rows of the report."""
-        damp = self.settings.solver.damp_fraction
+        asked = self.settings.solver.damp_fraction
         for index, site in enumerate(sites):
-            power = float(found.power[index])
+            power, damping = float(found.power[index]), float(found.damping[index])
+            raised = damping > asked * 1.001
             tokens = float(moments.tokens[moments.place[site.expert or 0]])
             self.report.append(
                 {
                     "site": site.name,
                     "tokens": round(tokens, 1) if tokens % 1 else int(tokens),
-                    "damping": float(found.damping[index]),
-                    "damping_raised": float(found.damping[index]) - damp if found.damping[index] > damp * 1.001 else 0.0,
+                    "damping": damping if raised else asked,
+                    "damping_raised": damping - asked if raised else 0.0,
                     "shrinkage": float(found.pseudo_tokens[index]),
                     "error_before": float(found.nearest_error[index]) / power if power else 0.0,
                     "error_after": float(found.error[index]) / power if power else 0.0,
@@ -166,7 +167,7 @@ def pack(units: list[Unit], budget: int) -> list[list[Unit]]:
         if unit.num_bytes > budget:
             name = next(iter(unit.stage.sites.values()))[0].name
             need, have = unit.num_bytes / 2**20, max(budget, 0) / 2**20
-            raise InputError(f"{name} needs {need:.0f} MiB for its second moments, {have:.0f} MiB are left: raise max_memory")
+            raise InputError(f"{name} needs {need:.0f} MiB of memory, {have:.0f} MiB are left for it: raise max_memory")
         if not runs or unit.num_bytes > left:
             runs.append([])
             left = budget

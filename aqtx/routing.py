@@ -1,6 +1,6 @@
 """The gate scores of a mixture's rows, found by walking the graph from the experts' last product.
 
-    grouped_linear (down) -> index (back to token order) -> view -> mul by scores -> sum
+grouped_linear (down) -> index (back to token order) -> view -> mul by scores -> sum
 """
 
 from collections.abc import Collection
@@ -54,7 +54,7 @@ def find_gate_scores(offsets: fx.Node, nodes: Collection[fx.Node], power: int) -
                 if found is not None:
                     [order] = _nodes(index.args[1])
                     return GateScores(found, order, power)
-    raise InputError("weighting by gate scores: the scores of this model's experts cannot be found in its graph; use `none`")
+    raise InputError("weighting: the gate scores of this model's experts cannot be found in its graph; use `none`")
 
 
 def _scores_behind(index: fx.Node) -> fx.Node | None:
@@ -88,5 +88,3 @@ def is_inside_experts(source: fx.Node, offsets: fx.Node, nodes: Collection[fx.No
             return True
         queue.extend(node.all_input_nodes)
     return False
-
-

@@ -26,6 +26,7 @@ from aqtx.state import CODES, restore_state, save_state
 from aqtx.text import Document, calibration, evaluation, load_tokenizer
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DECIDING = ("assign_plan", "quantize", "gptq")  # passes whose refusal leaves a weight as it is
 _MAX_WINDOW = 2048  # tokens given to the model at a time when scoring, unless its context is shorter
 
 
@@ -121,7 +122,8 @@ class _Runner:
             save_state(self.program, self.rows, self.directory.work)
 
         Run(self.program, self.context, first_place=done).execute(self.recipe.passes[done:], after_pass)
-        return [Refusal(**refusal) for row in self.rows for refusal in row["refused"]]
+        rounding = [row for row in self.rows if row["name"] in _DECIDING]
+        return [Refusal(**refusal) for row in rounding for refusal in row["refused"]]
 
     def _calibration(self) -> torch.Tensor:
         return calibration(self.recipe.calibration, load_tokenizer(self._folder()), self.recipe.seed)

@@ -22,7 +22,8 @@ def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> No
     Codes are not copied: they lie in `folder/codes` already and are told by name and checksum.
     """
     file = folder / f"state-{len(program.history)}.safetensors"
-    save_file({name: value.contiguous() for name, value in program.weights.written().items()}, file)
+    tensors, changes = program.weights.state()
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
     state = {
         "history": program.history,
         "edits": program.edits,
@@ -31,7 +32,7 @@ def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> No
         "codes": program.codes.to_json(),
         "emitted": program.emitted,
         "rows": rows,
-        "weights": {"file": file.name, "sha256": sha256(file)},
+        "weights": {"file": file.name, "sha256": sha256(file), "changes": changes},
     }
     staged = folder / (_STATE + ".new")
     staged.write_text(json.dumps(state))
@@ -58,7 +59,7 @@ def restore_state(program: Program, folder: Path) -> list[dict[str, Any]]:
     for site in program.sites():
         site.node.meta.setdefault("custom", {})["aqtx"] = state["annotations"][site.weight]
     with safe_open(file, "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118  (safetensors' reader is no mapping)
-            program.weights.put(name, stored.get_tensor(name))
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (the reader is no mapping)
+    program.weights.restore(tensors, state["weights"]["changes"])
     rows: list[dict[str, Any]] = state["rows"]
     return rows

@@ -1,5 +1,9 @@
 """The residual stream of all calibration batches between two blocks, in memory or on disk."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from aqtx.blocks import Values
+
+
+@contextmanager
+def scratch_folder(work: Path | None) -> Iterator[Path]:
+    """A place for streams: below the run's own folder, cleared of what a killed run left, or a temporary one."""
+    if work is None:
+        with tempfile.TemporaryDirectory() as made:
+            yield Path(made)
+        return
+    folder = work / "stream"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Stream:
@@ -42,12 +61,6 @@ class Stream:
         for value in before.values():
             if isinstance(value, Path) and str(value) not in kept:
                 value.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Remove what lies on disk."""
-        if self.folder is not None:
-            for file in self.folder.glob("*.stream"):
-                file.unlink()
 
     def _store(self, batch: int, node: fx.Node, value: Any) -> Any:
         if not isinstance(value, Tensor):

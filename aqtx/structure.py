@@ -5,11 +5,15 @@ so they name weights, never nodes. Changes of weight values are not edits.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
-from aqtx.program import weight_node
+from aqtx.program import Program, weight_node
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Edit = dict[str, Any]
 
@@ -46,13 +50,11 @@ def max_node(source: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
     return max([source, *arguments_of(arguments)])
 
 
-def quantize_activation(graph: fx.Graph, edit: Edit) -> None:
+def quantize_activation(graph_module: fx.GraphModule, edit: Edit) -> None:
     """Quantize the input of a weight's nodes per token; `formats` has one name per expert, or one."""
-    import torch
-
     import aqtx.formats.activation  # noqa: F401  (registers the ops)
 
-    for node in nodes_reading(graph, edit["weight"]):
+    for node in nodes_reading(graph_module.graph, edit["weight"]):
         formats = edit["formats"]
         if len(set(formats)) == 1:
             insert_on_input(node, torch.ops.aqtx.quantize_activation.default, (formats[0],))
@@ -61,13 +63,83 @@ def quantize_activation(graph: fx.Graph, edit: Edit) -> None:
             insert_on_input(node, op, (node.args[2], ",".join(formats)))
 
 
-EDITS: dict[str, Callable[[fx.Graph, Edit], None]] = {"quantize_activation": quantize_activation}
+def hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
+    """Rotate the input of a weight's nodes, block by block; nodes with one input share the rotation."""
+    from aqtx.rotation_op import OP, buffers
+
+    blank = buffers(edit["block"], edit["seed"], torch.float32)
+    matrices = tuple(get_attr(graph_module, name, value) for name, value in blank.items())
+    for node in nodes_reading(graph_module.graph, edit["weight"]):
+        insert_on_input(node, OP, matrices)
+
+
+def remove_hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
+    """Take the rotation off the input of a weight's nodes: it lies in the weights before them now."""
+    from aqtx.rotation_op import OP
+
+    for node in nodes_reading(graph_module.graph, edit["weight"]):
+        rotation = node.args[0]
+        if isinstance(rotation, fx.Node) and rotation.target is OP:
+            node.replace_input_with(rotation, rotation.args[0])  # type: ignore[arg-type]
+            if not rotation.users:
+                graph_module.graph.erase_node(rotation)
+    for node in [node for node in graph_module.graph.nodes if node.op == "get_attr" and not node.users]:
+        graph_module.graph.erase_node(node)
+
+
+def untie(graph_module: fx.GraphModule, edit: Edit) -> None:
+    """Let the linears that read `weight` read the parameter `copy` instead; a gather (embedding) keeps it."""
+    for node in nodes_reading(graph_module.graph, edit["weight"]):
+        shared = weight_node(node)
+        assert shared is not None
+        own = get_attr(graph_module, edit["copy"], shared.meta["val"])
+        own.meta.update({key: value for key, value in shared.meta.items() if key != "custom"})
+        node.replace_input_with(shared, own)
+
+
+def get_attr(graph_module: fx.GraphModule, name: str, like: "Tensor") -> fx.Node:
+    """The node of a parameter or buffer, made before all others if the graph has none."""
+    graph = graph_module.graph
+    found = next((node for node in graph.nodes if node.op == "get_attr" and node.target == name), None)
+    if found is None:
+        *path, leaf = name.split(".")
+        owner: nn.Module = graph_module
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        blank = torch.empty_like(like, device="meta")
+        owner.register_buffer(leaf, blank, persistent=False)
+        with graph.inserting_before(next(iter(graph.nodes))):
+            found = graph.get_attr(name)
+        found.meta["val"] = blank
+    return found
+
+
+EDITS: dict[str, Callable[[fx.GraphModule, Edit], None]] = {
+    "quantize_activation": quantize_activation,
+    "hadamard": hadamard,
+    "remove_hadamard": remove_hadamard,
+    "untie": untie,
+}
+
+
+def prepare(program: Program, edit: Edit) -> None:
+    """Give the program the parameters and buffers that an edit's nodes will read."""
+    if edit["edit"] == "hadamard":
+        from aqtx.rotation_op import buffers
+
+        program.buffers.update(buffers(edit["block"], edit["seed"], program.dtype))
+    if edit["edit"] == "untie":
+        if edit["copy"] not in program.weights.specs:
+            program.weights.copy(edit["weight"], edit["copy"])
+        program.config["tie_word_embeddings"] = False
 
 
 def replay(graph_module: fx.GraphModule, edits: list[Edit]) -> None:
     """Make the edits, in order, on one entry's graph."""
     for edit in edits:
-        EDITS[edit["edit"]](graph_module.graph, edit)
+        EDITS[edit["edit"]](graph_module, edit)
     if edits:
         graph_module.graph.lint()
         graph_module.recompile()

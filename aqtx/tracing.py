@@ -38,6 +38,10 @@ def trace(source: str | Path | nn.Module, dtype: torch.dtype | None = None) -> P
 
 def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     """Trace a module in memory; its weights are shared, not copied."""
+    if hasattr(getattr(model, "config", None), "model_type"):
+        from aqtx.huggingface.program import trace_loaded
+
+        return trace_loaded(model, dtype)
     dtype = dtype or next(model.parameters()).dtype
     config = getattr(model, "hf_config", {})
     source = ModuleSource(model.state_dict(keep_vars=True))
@@ -64,17 +68,32 @@ def build_program(
     buffers = {name: value.clone() for name, value in model.named_buffers()} if buffers is None else buffers
     model = model.to("meta")
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if not getattr(parameter, "keeps_dtype", False):
+            parameter.data = parameter.data.to(dtype)
+    tied = untie(model)
     specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in model.named_parameters()}
     return Program(
         entries={"score": export_entry(model, "score")},
-        weights=WeightStore(specs, source),
+        weights=WeightStore(specs, source, tied=tied),
         buffers=buffers,
         config=config,
         dtype=dtype,
         folder=folder,
         trace_entry=lambda entry: export_entry(model, entry),
     )
+
+
+def untie(model: nn.Module) -> dict[str, str]:
+    """Give each tied parameter of a model on meta a name of its own; {second name: first name}."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty_like(parameter)))
+            tied[name] = original
+    return tied
 
 
 def export_entry(model: nn.Module, entry: str) -> fx.GraphModule:

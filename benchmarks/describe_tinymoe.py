@@ -48,12 +48,14 @@ def load_model(folder: Path) -> Olmoe:
     config = json.loads((folder / "config.json").read_text())
     model = Olmoe(OlmoeConfig.from_dict(config))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        state = {name: file.get_tensor(name).float() for name in file.keys() if ".experts." not in name}
+        state = {}
         for name in model.state_dict():
             head, found, projection = name.partition(".experts.")
             if found:
                 names = [f"{head}.experts.{e}.{projection}.weight" for e in range(config["num_experts"])]
                 state[name] = torch.stack([file.get_tensor(n).float() for n in names])
+            else:
+                state[name] = file.get_tensor(name).float()
     model.load_state_dict(state)
     return model.eval()
 
@@ -62,9 +64,10 @@ def evaluation_windows(folder: Path) -> dict[str, Tensor]:
     """Domain -> ids [windows, WINDOW] of the shipped evaluation text."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids: dict[str, list[int]] = {domain: [] for domain in SHIPPED_DOMAINS}
+    end = tokenizer.encode(END_OF_TEXT).ids
     with (folder / "text" / "evaluation.jsonl").open(encoding="utf-8") as file:
         for record in map(json.loads, file):
-            ids[record["domain"]] += [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(record["text"]).ids]
+            ids[record["domain"]] += [*end, *tokenizer.encode(record["text"]).ids]
     return {name: torch.tensor(row[: len(row) // WINDOW * WINDOW]).view(-1, WINDOW) for name, row in ids.items()}
 
 
@@ -183,7 +186,9 @@ def main() -> None:
     measured = measure(arguments.out)
     draw_curve(training["records"], arguments.out / "training_curve.png")
     (arguments.out / "README.md").write_text(render_readme(measured, training, text))
-    log.info("%s", json.dumps({key: measured[key] for key in ("loss", "mxfp4_change", "distance_to_transformers")}, indent=2))
+    log.info(
+        "%s", json.dumps({key: measured[key] for key in ("loss", "mxfp4_change", "distance_to_transformers")}, indent=2)
+    )
 
 
 if __name__ == "__main__":

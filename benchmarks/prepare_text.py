@@ -159,7 +159,7 @@ def prepare(cache: Path, out: Path, work: Path) -> None:
     counts: dict[str, dict[str, int]] = {}
     for split, documents in splits.items():
         packed = {domain: pack_tokens(tokenizer, texts) for domain, texts in by_domain(documents).items()}
-        np.savez(work / f"{split}.npz", **packed)
+        np.savez(work / f"{split}.npz", allow_pickle=False, **packed)
         counts[split] = {domain: len(ids) for domain, ids in packed.items()}
     summary = {
         "sources": package_versions(cache),

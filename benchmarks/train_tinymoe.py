@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 from aqtx.formats.grouped import grouped_linear
 from aqtx.models.olmoe import Olmoe, OlmoeConfig
 
-CONFIG = {
+EXPERTS_A_TOKEN = 4
+CONFIG: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
     "model_type": "olmoe",
     "vocab_size": 3072,
@@ -42,7 +44,7 @@ CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "num_experts": 16,
-    "num_experts_per_tok": 4,
+    "num_experts_per_tok": EXPERTS_A_TOKEN,
     "norm_topk_prob": False,
     "hidden_act": "silu",
     "attention_bias": False,
@@ -130,7 +132,7 @@ def router_logits(model: Olmoe) -> Iterator[list[Tensor]]:
     """Collect each layer's router logits [T, E] while the context is open."""
     seen: list[Tensor] = []
     hooks = [
-        block.mlp.gate.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
+        cast(Any, block).mlp.gate.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
         for block in model.model.layers
     ]
     try:
@@ -142,7 +144,7 @@ def router_logits(model: Olmoe) -> Iterator[list[Tensor]]:
 
 def expert_loads(logits: Tensor) -> Tensor:
     """Share of the routed pairs that each expert gets: logits [T, E] -> [E], sums to 1."""
-    chosen = logits.topk(CONFIG["num_experts_per_tok"], dim=-1).indices  # type: ignore[call-overload]
+    chosen = logits.topk(EXPERTS_A_TOKEN, dim=-1).indices
     return torch.bincount(chosen.flatten(), minlength=logits.shape[-1]) / chosen.numel()
 
 
@@ -236,8 +238,8 @@ def start_run(work: Path) -> Run:
 
 def train(steps: int, work: Path, out: Path) -> None:
     """Run to `steps`, from the start or from the last state."""
-    train_tokens = {name: ids for name, ids in np.load(work / "train.npz").items()}
-    held_out = {name: ids for name, ids in np.load(work / "evaluation.npz").items()}
+    train_tokens = dict(np.load(work / "train.npz").items())
+    held_out = dict(np.load(work / "evaluation.npz").items())
     run = start_run(work)
     while run.step < steps:
         began = time.perf_counter()
@@ -257,7 +259,15 @@ def train(steps: int, work: Path, out: Path) -> None:
 
 def write_log(run: Run, path: Path) -> None:
     """What the run was and its records, one a line."""
-    settings = {"steps": run.step, "tokens_a_step": TOKENS, "length": LENGTH, "long_length": LONG_LENGTH, "seed": SEED, "mixture": MIXTURE, "seconds": run.seconds}
+    settings = {
+        "steps": run.step,
+        "tokens_a_step": TOKENS,
+        "length": LENGTH,
+        "long_length": LONG_LENGTH,
+        "seed": SEED,
+        "mixture": MIXTURE,
+        "seconds": run.seconds,
+    }
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     head = json.dumps(settings | machine, indent=1)[:-2]
     rows = [json.dumps({key: round(value, 5) for key, value in record.items()}) for record in run.records]

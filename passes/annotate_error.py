@@ -43,4 +43,3 @@ class AnnotateError(Pass):
             "sites": [{"site": site.name, "errors": site.get("error")} for site in sites],
         }
         return Changes(changed=[site.name for site in sites], details=details)
-

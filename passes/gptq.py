@@ -1,21 +1,19 @@
 """`gptq`: round every planned site by GPTQ on calibration text, block by block."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from aqtx.blocks import split_blocks
 from aqtx.calibrate import Runner
-from aqtx.errors import InputError
-from aqtx.memory import free_bytes
+from aqtx.memory import PeakMemory, free_bytes
 from aqtx.numerics.gptq import Options
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
+from aqtx.resume import BlockRecords
 from aqtx.round_block import BlockRounder, Settings
-from aqtx.stream import Stream
+from aqtx.stream import Stream, scratch_folder
+from aqtx.walk import Walk
 
 
 @register("gptq")
@@ -58,14 +56,31 @@ class Gptq(Pass):
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Walk the blocks once; a block's codes are complete before the next one is touched."""
-        blocks = split_blocks(program.graph, program.weights.specs)
+        records = BlockRecords(program, context.work, f"gptq-{len(program.history)}")
+        with PeakMemory() as peak, scratch_folder(context.work) as scratch:
+            walk = self._walk(program, context, scratch)
+            details = walk.run(sites, records, context)
+        details["peak_memory_bytes"] = peak.num_bytes
+        return Changes(changed=[site.name for site in sites], details=details)
+
+    def _walk(self, program: Program, context: Context, scratch: Path) -> Walk:
+        """The blocks, the stream at its start, and a budget for what is computed on the way."""
         ids = context.calibration()
-        runner = self._runner(program, ids, context)
-        rounder = BlockRounder(runner, Settings(Options()))
-        nodes = {site.node: [other for other in sites if other.node is site.node] for site in sites}
-        last = max((block.index for block in blocks if nodes.keys() & set(block.nodes)), default=-1)
-        for block in context.progress(blocks[: last + 1], description="gptq"):
-            weights = runner.load(block)
-            planned = [site for node in block.nodes for site in nodes.get(node, [])]
-            del planned, weights
-        return Changes(changed=[site.name for site in sites])
+        limit = self.max_memory or free_bytes(context.device) // 2
+        blocks = split_blocks(program.graph, program.weights.specs)
+        stream_bytes = ids.numel() * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
+        on_disk = self.stream == "disk" or (self.stream == "auto" and stream_bytes > limit // 4)
+        batch_size = max(self.tokens_per_batch // ids.shape[1], 1)
+        stream = Stream(-(-len(ids) // batch_size), scratch if on_disk else None)
+        runner = Runner(program, stream, context.device)
+        runner.start(ids, batch_size)
+        # a quarter for activations on their way, the rest for moments and the solver
+        budget = limit - limit // 4 - max(map(runner.num_bytes, blocks)) - (0 if on_disk else stream_bytes)
+        settings = Settings(
+            solver=Options(damp_fraction=self.damp_fraction, order=self.order, block_size=self.block_size),
+            prior=self.prior,
+            weighting=self.weighting,
+            rounded_inputs=self.inputs == "rounded",
+            budget=budget,
+        )
+        return Walk(runner, blocks, BlockRounder(runner, settings))

@@ -1,5 +1,7 @@
 """Signal to noise on known distributions, idempotence, and bytes: what a format's name promises."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,8 @@ def test_signal_to_noise(
     samples: dict[str, torch.Tensor], kind: str, name: str, expected: float, tolerance: float
 ) -> None:
     weight = samples[kind]
+    if name == "int8_g32":  # with fp32 scales the largest of 32 weights has no error, with bf16 scales it has
+        tolerance += 10 * math.log10(32 / 31)
     if kind == "t4":  # a quarter as many samples as the figure has: twice its sampling error at most
         tolerance *= 1.5
     assert decibels(weight, fake_quantize(weight, name)) == pytest.approx(expected, abs=tolerance)
@@ -65,6 +69,8 @@ def test_signal_to_noise(
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name", "expected", "tolerance"), CASES)
 def test_signal_to_noise_of_four_million(kind: str, name: str, expected: float, tolerance: float) -> None:
+    if name == "int8_g32":
+        tolerance += 10 * math.log10(32 / 31)
     weight = torch.from_numpy(DRAW[kind](np.random.default_rng(1), 4 * 2**20)).float().view(-1, 2048)
     assert decibels(weight, fake_quantize(weight, name)) == pytest.approx(expected, abs=tolerance)
 
@@ -122,7 +128,7 @@ def test_the_disk_layout_is_lossless_and_exactly_as_long(name: str, num_columns:
 @pytest.mark.parametrize(("name", "codes", "expected"), [
     ("mxfp4", [1, 2, 3, 4], [0x21, 0x43]),
     ("int6", [1, 2, 3, 4], [0b10_000001, 0b0011_0000, 0b000100_00]),
-    ("int3", [1, 2, 3, 4, 5, 6, 7, 0], [0b11_010_001, 0b1_101_100_0, 0b000_111_11]),
+    ("int3", [1, 2, 3, 4, 5, 6, 7, 0], [0b11_010_001, 0b0_101_100_0, 0b000_111_11]),
     ("int2", [1, 2, 3, 0], [0b00_11_10_01]),
     ("int8", [1, 255], [1, 255]),
 ])  # fmt: skip

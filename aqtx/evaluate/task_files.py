@@ -212,7 +212,7 @@ def _data(files: dict[str, str]) -> Row:
 
 
 def _arrow(package: zipfile.ZipFile, folder: str) -> list[Row]:
-    import pyarrow.ipc
+    import pyarrow.ipc  # type: ignore[import-untyped]
 
     with package.open(_ARROW.format(folder)) as stream:
         rows: list[Row] = pyarrow.ipc.open_stream(stream).read_all().to_pylist()

@@ -46,7 +46,7 @@ def fake_quantize(weight: Tensor, name: str | Format, scale_rule: str | None = N
     """`quantize(weight, name).dequantize()` without the codes: same dtype and shape. NaN and inf become NaN."""
     fmt = parse(name, scale_rule=scale_rule)
     if not fmt.is_packed:
-        return to_storage_dtype(weight.to(torch.bfloat16).float(), weight.dtype)
+        return _round_to_bf16(weight).to(weight.dtype)
     scales = choose_scales(weight, fmt)
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows, part, target in _pieces(weight, scales, fmt, out):
@@ -81,7 +81,7 @@ def choose_scales(weight: Tensor, fmt: Format) -> Scales:
 def snap(weight: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """Nearest representable values, float32; decoded `scale` and `zero_point` broadcast against `weight`."""
     if not fmt.is_packed:
-        return weight.to(torch.bfloat16).float()
+        return _round_to_bf16(weight).float()
     return round_value(weight.float() / scale, fmt.element, zero_point) * scale
 
 
@@ -90,7 +90,7 @@ def encode(weight: Tensor, name: str | Format, scales: Scales) -> QuantizedTenso
     fmt = parse(name)
     num_columns, dtype = weight.shape[-1], weight.dtype
     if not fmt.is_packed:
-        return QuantizedTensor(weight.to(torch.bfloat16).contiguous(), fmt.name, num_columns, dtype)
+        return QuantizedTensor(_round_to_bf16(weight).contiguous(), fmt.name, num_columns, dtype)
     packed = []
     for rows, part, _ in _pieces(weight, scales, fmt):
         blocks = to_blocks(rows, fmt)
@@ -112,6 +112,12 @@ def check_finite(weight: Tensor, name: str = "the weight") -> None:
     if len(bad):
         index = bad[0].tolist()
         raise InputError(f"{name} has {float(weight[tuple(index)])} at index {index}: nothing to quantize it to")
+
+
+def _round_to_bf16(weight: Tensor) -> Tensor:
+    """The largest float32 values stay finite; infinity is not a value and becomes NaN."""
+    finite = to_storage_dtype(weight.float(), torch.bfloat16)
+    return torch.where(torch.isfinite(weight), finite, float("nan"))
 
 
 def _rows_per_piece(weight: Tensor) -> int:

@@ -26,28 +26,39 @@ def search_real(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> Affine:
     lowest = LOWEST_SHARE.get(fmt.element.bits, 0.75)
     shares = [1 - (1 - lowest) * step / NUM_STEPS for step in range(1, NUM_STEPS + 1)]
     candidates = [_shrunk(bounds, share, fmt) for share in shares]
-    candidates += _neighbours(best, bounds, fmt) + _shorter(bounds, fmt)
-    if not fmt.asymmetric and not fmt.element.is_float:
+    if _is_lopsided(fmt):
         # codes reach -2^(b-1) but only 2^(b-1) - 1: a negative scale gives the long side to positive weights
-        steps = 2 ** (fmt.element.bits - 1)
-        full = affine_of_scale(bounds[1] / steps, bounds[0], fmt)
-        candidates += [full, *_neighbours(full, bounds, fmt)]
-        candidates += [Affine(-candidate.scale) for candidate in candidates]
+        candidates += [Affine(-candidate.scale) for candidate in (best, *candidates)]
     for candidate in candidates:
         best, error = _better(blocks, best, error, candidate, fmt, dtype)
-    return best
+    return settle(blocks, best, fmt, dtype)
 
 
 def settle(blocks: Tensor, first: Affine, fmt: Format, dtype: torch.dtype) -> Affine:
     """`first`, except where a neighbouring scale represents a block exactly and `first` does not."""
     bounds = block_range(blocks, fmt)
-    for neighbour in _neighbours(first, bounds, fmt) + _shorter(bounds, fmt):
+    for neighbour in _could_have_made(bounds, fmt):
         exact = _is_exact(blocks[..., :NUM_PROBED], neighbour, fmt, dtype)
         if not bool(exact.any()):
             continue
         exact = exact & _is_exact(blocks, neighbour, fmt, dtype) & ~_is_exact(blocks, first, fmt, dtype)
         first = _select(exact, neighbour, first)
     return first
+
+
+def _is_lopsided(fmt: Format) -> bool:
+    return not fmt.asymmetric and not fmt.element.is_float
+
+
+def _could_have_made(bounds: tuple[Tensor, Tensor], fmt: Format) -> list[Affine]:
+    """The scales that can have left a dequantized block with these bounds."""
+    full = affine_of_range(bounds, fmt)
+    found = [full, *_neighbours(full, bounds, fmt), *_shorter(bounds, fmt)]
+    if _is_lopsided(fmt) and fmt.rule == "search":
+        longer = affine_of_scale(bounds[1] / 2 ** (fmt.element.bits - 1), bounds[0], fmt)
+        found += [longer, *_neighbours(longer, bounds, fmt)]
+        found += [Affine(-affine.scale) for affine in found]
+    return found
 
 
 def _shrunk(bounds: tuple[Tensor, Tensor], share: float, fmt: Format) -> Affine:

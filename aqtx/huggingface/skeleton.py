@@ -15,8 +15,6 @@ from aqtx.errors import InputError
 from aqtx.huggingface import experts
 from aqtx.huggingface.norms import canonical_norms
 
-EXPECTED_SHARE = 0.9  # of all matrix weights but embeddings must be sites
-
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
     """The model of a config.json that transformers knows.
@@ -49,6 +47,9 @@ def canonicalize(model: Any) -> nn.Module:
     for module in fused:
         experts.split(module)
     canonical_norms(model)
+    for module in model.modules():
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:
+            store_as_parameter(module, name)
     original = model.forward
 
     def score(ids: Tensor) -> Tensor:
@@ -57,6 +58,15 @@ def canonicalize(model: Any) -> nn.Module:
 
     model.forward = score
     return model  # type: ignore[no-any-return]
+
+
+def store_as_parameter(module: nn.Module, name: str) -> None:
+    """Make a buffer that checkpoints hold (a router's correction bias) a weight, which is read and written."""
+    value = module._buffers.pop(name)
+    assert value is not None
+    made = nn.Parameter(value.to("meta"), requires_grad=False)
+    made.keeps_dtype = True  # type: ignore[attr-defined]
+    module.register_parameter(name, made)
 
 
 def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:

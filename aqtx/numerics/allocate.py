@@ -1,12 +1,13 @@
 """Choose one format per site: least total cost with all sizes within a budget, and how far from the optimum it is.
 
-Every answer carries a lower bound on the cost of any choice, so `gap = (cost - bound) / bound` says what a better solver could
-still gain. Constraints become part of the problem: sites of a group share a format by adding up their rows, a
-pinned or limited site loses the other options.
+Every answer carries a lower bound on the cost of any choice, so `gap = (cost - bound) / bound` says what a
+better solver could still gain. Constraints become part of the problem: sites of a group share a format by
+adding up their rows, a pinned or limited site loses the other options.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,15 @@ def allocate(
     return Allocation(choice, found.cost, found.bound, found.gap(), problem.size_of(found.choice))
 
 
+def least_size(size: Tensor, allowed: Tensor, groups: Sequence[int] | None = None) -> float:
+    """The total of the smallest allowed formats: no budget below it can be met."""
+    if len(size) == 0:
+        return 0.0
+    sizes = np.where(allowed.cpu().numpy(), size.double().cpu().numpy(), np.inf)
+    group = np.arange(len(sizes)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    return float(_sum_rows(sizes, group).min(axis=1).sum())
+
+
 def _solve(problem: Problem, exact: bool) -> Solution:
     found = relax(problem)
     target = 0.0 if exact else TARGET_GAP
@@ -90,9 +100,11 @@ def _check(problem: Problem, sizes: np.ndarray, group: np.ndarray) -> None:
         raise InputError(f"site {_first(without, group)}: its constraints, or its group's, allow no format.")
     least = problem.size_of(smallest(problem)) if len(problem.cost) else 0.0
     if problem.budget < least:
-        raise InputError(f"the budget of {problem.budget:,.0f} bytes is below the smallest possible, {least:,.0f} bytes.")
+        raise InputError(
+            f"the budget of {problem.budget:,.0f} bytes is below the smallest possible, {least:,.0f} bytes."
+        )
 
 
-def _first(rows: np.ndarray, group: np.ndarray) -> int:
+def _first(rows: Any, group: np.ndarray) -> int:
     """The first site that belongs to a marked row."""
     return int(np.flatnonzero(rows[group])[0])

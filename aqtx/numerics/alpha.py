@@ -1,9 +1,9 @@
 """PL_Alpha_Hill: how heavy the tail of a weight matrix's spectrum is.
 
 Low alpha means a heavy tail: a few directions carry far more than chance would give them, which heavy-tailed
-self-regularisation theory reads as a well-trained matrix. Alphas of the full spectrum depend on the matrix's aspect ratio even for
-pure noise (6.4 square, 9.8 at 1:3.5), so only FARMS alphas are comparable between shapes; the full one has more
-invariances: alpha(W) = alpha(W^T) = alpha(c W) = alpha(U W V) for orthogonal U and V.
+self-regularisation theory reads as a well-trained matrix. Alphas of the full spectrum depend on the matrix's
+aspect ratio even for pure noise (6.4 square, 9.8 at 1:3.5), so only FARMS alphas are comparable between shapes;
+the full one has more invariances: alpha(W) = alpha(W^T) = alpha(c W) = alpha(U W V) for orthogonal U and V.
 
 A matrix without a usable spectrum (fewer than two eigenvalues, zeros, all eigenvalues equal, not finite) has alpha NaN
 and a reason, a sentence. It is never sorted among the others.

@@ -1,9 +1,10 @@
 """The exact search of the multiple-choice knapsack: dynamic programming over what the bound leaves open.
 
-A choice's cost is `Z + sum_l r_l + lam (B - S)`: the bound, plus the reduced costs of its options, plus what unspent
-budget is worth. So a choice that beats the best known cost U has reduced costs below the room U - Z in sum. A state is a
-set of deviations from each row's reduced-cost minimum: the bytes they add and their reduced cost. Of two states the one that is
-neither larger nor dearer suffices. Rows come in the order of their cheapest deviation.
+A choice's cost is `Z + sum_l r_l + lam (B - S)`: the bound, plus the reduced costs of its options, plus what
+unspent budget is worth. So a choice that beats the best known cost U has reduced costs below the room U - Z in
+sum. A state is a set of deviations from each row's reduced-cost minimum: the bytes they add and their reduced
+cost. Of two states the one that is neither larger nor dearer suffices. Rows come in the order of their cheapest
+deviation.
 
 Legend as in `knapsack`; a state's `grown` is its bytes beyond the base choice, `dear` its sum of reduced costs.
 """

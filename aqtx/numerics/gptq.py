@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats.codec import quantize
+from aqtx.formats.codec import Scales, choose_scales, encode, quantize
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
-from aqtx.formats.codec import Scales, choose_scales, encode
 from aqtx.numerics.cholesky import factor
 from aqtx.numerics.columns import Grid, columns_first, columns_last, round_columns
 from aqtx.numerics.shrinkage import shrink
@@ -52,7 +51,7 @@ class Solution:
     rows_nearest: Tensor  # rows that kept round-to-nearest
 
 
-def gptq(
+def gptq(  # noqa: PLR0913  (a promised interface)
     W: Tensor,
     H: Tensor,
     format_name: str | Format,
@@ -126,7 +125,7 @@ def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _encode(values: Tensor, dtype: torch.dtype, fmt: Format, scales: Scales) -> QuantizedTensor:
-    """Codes of float32 values that lie on the grid, as a weight of `dtype`; rounding them to it first could move one."""
+    """Codes of float32 values that lie on the grid, as a weight of `dtype`, to which they are never rounded."""
     made = encode(values, fmt, scales)
     return QuantizedTensor.from_parts(
         qdata=made.qdata,

@@ -2,12 +2,14 @@
 
 Three solvers on top of one another, each given what the one before found:
 
-1. `relax`: the linear relaxation. A row's options on the lower convex hull of (size, cost) become steps; the best
-   steps per byte are taken until the budget is spent. The price `lam` of a byte at that point gives the lower bound
-   `Z = sum_l min_f (c_lf + lam s_lf) - lam B`, valid for any lam >= 0. Filling up greedily gives a feasible choice. O(L F log L F).
-2. `refine`: exact. An option whose reduced cost `r_lf = c_lf + lam s_lf - min_f (...)` exceeds the room between the best known
-   cost and Z cannot be part of a better choice. The few rows that keep several options are searched by dynamic programming
-   over Pareto states (size, cost), cheapest deviations first, so that better choices are found early and the room shrinks.
+1. `relax`: the linear relaxation. A row's options on the lower convex hull of (size, cost) become steps; the
+   best steps per byte are taken until the budget is spent. The price `lam` of a byte at that point gives the
+   lower bound `Z = sum_l min_f (c_lf + lam s_lf) - lam B`, valid for any lam >= 0. Filling up greedily gives a
+   feasible choice. O(L F log L F).
+2. `refine`: exact. An option whose reduced cost `r_lf = c_lf + lam s_lf - min_f (...)` exceeds the room between
+   the best known cost and Z cannot be part of a better choice. The few rows that keep several options are
+   searched by dynamic programming over Pareto states (size, cost), cheapest deviations first, so that better
+   choices are found early and the room shrinks.
 3. `prove`: HiGHS' branch and bound, where the states become too many.
 
 Legend: L rows, F options, c cost, s size, B budget, lam price of a byte, Z lower bound.
@@ -64,7 +66,8 @@ def smallest(problem: Problem) -> Ints:
     """The smallest allowed option of each row, the cheapest of equals."""
     size = np.where(np.isfinite(problem.cost), problem.size, np.inf)
     least = size == size.min(axis=1, keepdims=True)
-    return np.where(least, problem.cost, np.inf).argmin(axis=1)
+    choice: Ints = np.where(least, problem.cost, np.inf).argmin(axis=1)
+    return choice
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def _trace(H: Tensor) -> Tensor:
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
     """Sum of products over the last two dimensions."""
-    return torch.linalg.vecdot(left.flatten(-2), right.flatten(-2))
+    products: Tensor = torch.linalg.vecdot(left.flatten(-2), right.flatten(-2))
+    return products
 
 
 def pooled_prior(H: Tensor, num_tokens: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Eigenvalues of W W^T: one spectrum per matrix, or the pooled spectra of fixed-size blocks (FARMS).
 
 Two ways lead to the eigenvalues `lam = sigma(W)^2`. The singular values in float64 are the reference and cost
-about 0.7 s for 1024 x 2048. The Gram matrix of the smaller side in float32 takes a seventh of that, but squares the
-condition number: its absolute error is about 1e-7 of the largest eigenvalue, so the small end of the spectrum is
-noise. The tail that alpha looks at is the large end, and `aqtx.numerics.alpha` returns to the singular values where the tail
-reaches too deep.
+about 0.7 s for 1024 x 2048. The Gram matrix of the smaller side in float32 takes a seventh of that, but squares
+the condition number: its absolute error is about 1e-7 of the largest eigenvalue, so the small end of the
+spectrum is noise. The tail that alpha looks at is the large end, and `aqtx.numerics.alpha` returns to the
+singular values where the tail reaches too deep.
 
 FARMS (arXiv 2506.06280) cuts W into blocks of one aspect ratio, so that matrices of different shapes become comparable:
 the spectrum of pure noise depends on the aspect ratio alone, and so does the alpha read from it.
@@ -33,12 +33,14 @@ def farms_blocks(W: Tensor, side: int = FARMS_SIDE, max_blocks: int = FARMS_MAX_
 def eigenvalues(W: Tensor, *, precise: bool) -> Tensor:
     """All r eigenvalues of W W^T for W [..., N, K], pooled over the leading dimensions; float64, ascending."""
     if precise:
-        return torch.linalg.svdvals(W.double()).square().flatten().sort().values
+        lam: Tensor = torch.linalg.svdvals(W.double()).square()
+        return lam.flatten().sort().values
     # Scaled to 1 first: float32 squares would overflow from 1e19 on and vanish below 1e-23.
     W = W.float()
     peak = W.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = torch.linalg.eigvalsh(_gram(W / peak)).clamp_min(0).double()
-    return (scaled * peak.double().square()).flatten().sort().values
+    scaled: Tensor = torch.linalg.eigvalsh(_gram(W / peak)).clamp_min(0).double()
+    lam = scaled * peak.double().square()
+    return lam.flatten().sort().values
 
 
 def _gram(W: Tensor) -> Tensor:

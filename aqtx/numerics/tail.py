@@ -8,9 +8,9 @@ over the k eigenvalues above it. The rules differ only in how they choose k:
 
     k_fraction   k = max(10, floor(k_fraction * r))
     xmin_mid     k = floor(r / 2)
-    xmin_peak    the threshold lies near the peak of the histogram of log10(lam) (100 bins, 0.95 to 1.5 times the peak's left
-                 edge) and there minimises the Kolmogorov-Smirnov distance
-    ks           the threshold minimises that distance anywhere (as WeightWatcher does), at least 10 values in the tail
+    xmin_peak    the threshold of least Kolmogorov-Smirnov distance near the peak of the histogram of
+                 log10(lam): 100 bins, from 0.95 to 1.5 times the left edge of the highest
+    ks           the threshold of least distance anywhere (as WeightWatcher's), at least 10 values in the tail
 
 The distance compares the tail's empirical distribution with the fitted power law:
 `D = max_i |1 - (lam_i / lam_{r-k})^(1 - alpha) - i / k|`.
@@ -21,15 +21,22 @@ from torch import Tensor
 
 RULES = ("k_fraction", "xmin_mid", "xmin_peak", "ks")
 MIN_TAIL = 10
-MIN_EIGENVALUE = 1e-12  # a denominator of zero (a rank-deficient matrix) is taken for this
+MIN_EIGENVALUE = 1e-12  # a denominator of zero (a rank-deficient matrix) is taken for this,
+MIN_RELATIVE = 1e-6  # or, so that tiny weights keep their alpha, for this share of the largest where that is less
 MAX_KS_THRESHOLDS = 1024  # evenly spaced in k beyond: a pooled spectrum of 16,384 values would need 10^8 powers
 PEAK_BINS = 100
 
 
 def hill(lam: Tensor, k: int) -> float:
     """The exponent over the k largest of the ascending spectrum `lam`."""
-    tail = lam[-k:].clamp_min(MIN_EIGENVALUE).log().sum() - k * lam[-k - 1].clamp_min(MIN_EIGENVALUE).log()
+    logs = _floored(lam, k).log()
+    tail = logs[1:].sum() - k * logs[0]
     return 1.0 + k / float(tail) if float(tail) > 0 else float("inf")
+
+
+def _floored(lam: Tensor, k: int) -> Tensor:
+    """The threshold and the k values above it, away from zero."""
+    return lam[-k - 1 :].clamp_min(min(MIN_EIGENVALUE, MIN_RELATIVE * float(lam[-1])))
 
 
 def tail_size(lam: Tensor, rule: str, k_fraction: float) -> int:
@@ -47,7 +54,7 @@ def tail_size(lam: Tensor, rule: str, k_fraction: float) -> int:
 
 def _near_peak(lam: Tensor) -> Tensor:
     """The tail sizes whose threshold lies around the highest bin of the spectrum's histogram."""
-    logs = lam.clamp_min(MIN_EIGENVALUE).log10()
+    logs = _floored(lam, lam.numel() - 1).log10()
     low, high = float(logs[0]), float(logs[-1])
     counts = torch.histc(logs, PEAK_BINS, min=low, max=high)
     peak = 10 ** (low + (high - low) * int(counts.argmax()) / PEAK_BINS)
@@ -71,6 +78,7 @@ def _distance(lam: Tensor, k: int) -> float:
     alpha = hill(lam, k)
     if alpha == float("inf"):
         return float("inf")
-    ratio = lam[-k:].clamp_min(MIN_EIGENVALUE) / lam[-k - 1].clamp_min(MIN_EIGENVALUE)
+    values = _floored(lam, k)
+    ratio = values[1:] / values[0]
     empirical = torch.arange(1, k + 1, device=lam.device) / k
     return float((1 - ratio ** (1 - alpha) - empirical).abs().max())

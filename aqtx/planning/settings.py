@@ -1,14 +1,149 @@
 """The fields of `assign_plan`, and what can be said against them without a model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aqtx.errors import nearest
+from aqtx.formats.table import Format, parse
+from aqtx.planning.groups import group_problems
 from aqtx.sensitivity.selection import format_problems
 
-Method = Literal[
-    *("alpha", "error", "uniform", "alphaq", "ratio", "threshold", "front_back", "random", "manual")
-]  # type: ignore[valid-type]
+Method = Literal["alpha", "error", "alphaq", "random", "uniform", "front_back", "ratio", "threshold", "manual"]
 DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
-UNBUDGETED = ("ratio", "threshold", "manual")  # their formats follow from the method itself
-BUDGET_OPTIONAL = ("uniform", "front_back")
+_OWN_SIZE = ("ratio", "threshold", "manual")  # the size follows from the method's own fields
+_BUDGET_OPTIONAL = ("uniform", "front_back")
+_DEFAULT_GAMMA = {"alpha": 2.0, "alphaq": 12.0}
+_DEFAULT_CANDIDATES = {
+    "ratio": ("mxfp4", "mxfp8", "bf16"),
+    "threshold": ("mxfp4", "mxfp8"),
+    "front_back": ("mxfp4", "mxfp8"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to plan.
+
+    Fields:
+        method: where the bits go.
+            `alpha` measured error weighted by alpha, `error` measured error alone, `alphaq` the published
+            objective with its count of nominal bits, `random` a seeded baseline: these four solve for the
+            least cost under the budget. `uniform` the largest candidate that fits, `front_back` one half of
+            the depth above the other, `ratio` shares of the matrices in order of alpha, `threshold` one
+            alpha as the border, `manual` what a file says.
+        candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
+            `threshold` and `front_back` mxfp4, mxfp8.
+        average_bits: stored bits per planned weight, scales included. Kept sites are outside it.
+        budget_bytes: bytes of all stored tensors, kept ones included. Give this or average_bits.
+        keep: categories (`attention`, `router`, ...) and patterns of sites that stay as they are. Default:
+            attention, router, shared_expert_gate and lm_head; nothing for `manual`, whose file decides.
+        activations: `none`, or the format into which each token's inputs of planned sites are rounded.
+        direction: whether a low alpha earns more bits (the literature's reading) or a high one does.
+        gamma: how strongly alpha weighs: cost s_l = exp(-gamma z_l), default 2; for `alphaq` the exponent, default 12.
+        normalize: z-scores over `all` planned sites, or within each `category`.
+        cost_model: the budget counts bytes that are stored (`storage`) or read per token (`active`): an
+            expert counts by the share of tokens that it sees on average.
+        exact: prove the optimum; otherwise stop at a gap of 1e-3.
+        groups: sites that share one format: `qkv`, `gate_up`, `experts` (all of a layer), `vllm` (all three),
+            or `re:` and a regular expression: sites with equal captures form a group.
+        pins: site or pattern -> format; wins over `keep`.
+        min_bits, max_bits: category or pattern -> least or most bits of an element code.
+        mxfp4_ratio, bf16_ratio: of `ratio`: the shares that get the smallest and the largest tier.
+        alpha_threshold: of `threshold`.
+        half: of `front_back`: which half gets more bits.
+        seed: of `random`; default the recipe's.
+        plan: of `manual`: a JSON file or its content.
+    """
+
+    method: Method = "alpha"
+    candidates: tuple[str, ...] | None = None
+    average_bits: float | None = None
+    budget_bytes: int | None = None
+    keep: tuple[str, ...] | None = None
+    activations: str = "none"
+    direction: Literal["low_alpha_high_bits", "high_alpha_high_bits"] = "low_alpha_high_bits"
+    gamma: float | None = None
+    normalize: Literal["all", "category"] = "all"
+    cost_model: Literal["storage", "active"] = "storage"
+    exact: bool = True
+    groups: tuple[str, ...] = ()
+    pins: dict[str, str] = field(default_factory=dict)
+    min_bits: dict[str, float] = field(default_factory=dict)
+    max_bits: dict[str, float] = field(default_factory=dict)
+    mxfp4_ratio: float = 0.3
+    bf16_ratio: float = 0.0
+    alpha_threshold: float | None = None
+    half: Literal["front", "back"] = "front"
+    seed: int | None = None
+    plan: str | dict[str, Any] | None = None
+
+    @property
+    def formats(self) -> list[Format]:
+        """The candidates, smallest element first, then those that only a pin names."""
+        names = self.candidates or _DEFAULT_CANDIDATES.get(self.method, ("mxfp4", "mxfp6", "mxfp8"))
+        candidates = {parse(name).name: parse(name) for name in names}
+        pinned = {parse(name).name: parse(name) for name in self.pins.values()}
+        ordered = sorted(candidates.values(), key=lambda fmt: fmt.bits((4096, 4096)))
+        return ordered + [fmt for name, fmt in pinned.items() if name not in candidates]
+
+    @property
+    def num_candidates(self) -> int:
+        """How many of `formats` any site may take."""
+        names = self.candidates or _DEFAULT_CANDIDATES.get(self.method, ("mxfp4", "mxfp6", "mxfp8"))
+        return len({parse(name).name for name in names})
+
+    @property
+    def kept_selectors(self) -> tuple[str, ...]:
+        """What stays as it is."""
+        if self.keep is not None:
+            return self.keep
+        return () if self.method == "manual" else DEFAULT_KEEP
+
+    @property
+    def strength(self) -> float:
+        """Gamma with its default, negative where high alphas earn bits."""
+        gamma = self.gamma if self.gamma is not None else _DEFAULT_GAMMA.get(self.method, 0.0)
+        return gamma if self.direction == "low_alpha_high_bits" else -gamma
+
+    def problems(self) -> list[str]:
+        """What is wrong, in sentences."""
+        formats = (*(self.candidates or ()), *self.pins.values())
+        if self.activations != "none":
+            formats = (*formats, self.activations)
+        return [
+            *format_problems(formats, "a format of the plan"),
+            *group_problems(self.groups),
+            *self._field_problems(),
+        ]
+
+    def _field_problems(self) -> Iterable[str]:
+        yield from self._budget_problems()
+        if self.candidates is not None and not self.candidates:
+            yield "candidates is empty; name at least one format."
+        if self.gamma is not None and self.gamma < 0:
+            yield "gamma is negative; set direction to reverse it."
+        if min(self.mxfp4_ratio, self.bf16_ratio) < 0 or self.mxfp4_ratio + self.bf16_ratio > 1:
+            yield "mxfp4_ratio and bf16_ratio are shares: neither is negative and together they are at most 1."
+        if self.method == "threshold" and self.alpha_threshold is None:
+            yield "method threshold needs alpha_threshold."
+        if (self.method == "manual") != (self.plan is not None):
+            yield "plan, a JSON file or its content, goes with method manual and only with it."
+        for key, bits in (self.min_bits | self.max_bits).items():
+            if not 0 < bits <= 16:
+                yield f"min_bits and max_bits: {key!r} has {bits:g} bits, which no format has."
+
+    def _budget_problems(self) -> Iterable[str]:
+        given = [key for key in ("average_bits", "budget_bytes") if getattr(self, key) is not None]
+        if len(given) == 2:
+            yield "average_bits and budget_bytes are both given; exactly one is."
+        if self.method in _OWN_SIZE and given:
+            yield f"method {self.method} takes no {given[0]}: its own fields decide the size."
+        if self.method not in (*_OWN_SIZE, *_BUDGET_OPTIONAL) and not given:
+            yield f"method {self.method} needs average_bits or budget_bytes."
+        if self.method == "alphaq" and self.budget_bytes is not None:
+            yield "method alphaq counts nominal bits per matrix: give average_bits."
+        if self.cost_model == "active" and self.budget_bytes is not None:
+            yield "cost_model active counts bytes read per token, not stored ones: give average_bits."
+        for key in given:
+            if getattr(self, key) <= 0:
+                yield f"{key} is not positive."

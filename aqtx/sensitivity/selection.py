@@ -22,7 +22,7 @@ def selected_sites(program: Program, selectors: Iterable[str], where: str) -> li
 
 def format_problems(names: Iterable[str], where: str) -> list[str]:
     """A sentence for each name that is no format."""
-    problems = []
+    problems: list[str] = []
     for name in names:
         try:
             parse(name)

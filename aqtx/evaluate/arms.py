@@ -1,0 +1,171 @@
+"""Several models on the same text and tasks: the `aqtx eval` job, as data, as Markdown and as files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aqtx.errors import InputError
+from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change, perplexity_interval
+from aqtx.program import Program
+from aqtx.report.numbers import interval
+from aqtx.text import evaluation, load_tokenizer
+
+_MAX_WINDOW = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """What to measure; the defaults score the shipped text."""
+
+    perplexity: str | None = "builtin"
+    max_tokens: int | None = None
+    window: int | None = None
+    batch_size: int = 8
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class EvalResults:
+    """Scores of every arm, in the order given; the first is what the others are compared with."""
+
+    settings: EvalSettings
+    perplexity: dict[str, DocumentScores] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # arm -> task -> TaskScores
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the per-item logs."""
+        from aqtx.evaluate.tasks import compare_tasks
+
+        text = {name: self._text(name) for name in self.perplexity}
+        return {"perplexity": text, "tasks": compare_tasks(self.tasks, seed=self.settings.seed) if self.tasks else {}}
+
+    def _text(self, name: str) -> dict[str, Any]:
+        seed, scores = self.settings.seed, self.perplexity[name]
+        reference = next(iter(self.perplexity.values()))
+        domains = {
+            domain: perplexity_interval(scores.of(domain), seed=seed) for domain in dict.fromkeys(scores.domains)
+        }
+        return {
+            "value": perplexity_interval(scores, seed=seed).to_json(),
+            "change": None if scores is reference else paired_change(reference, scores, seed=seed).to_json(),
+            "by_domain": {domain: value.to_json() for domain, value in domains.items()},
+            "num_tokens": int(scores.num_tokens.sum()),
+            "window": scores.window,
+        }
+
+    def to_markdown(self) -> str:
+        """A table of arms against measures; differences to the first arm stand beside each value."""
+        data = self.to_json()
+        lines = ["| model | measure | value [95 %] | difference to the first [95 %] |", "|---|---|---|---|"]
+        for name, entry in data["perplexity"].items():
+            change = interval(entry["change"], 4, signed=True)
+            lines.append(
+                f"| {name} | perplexity (difference in nats per token) | {interval(entry['value'])} | {change} |"
+            )
+        for task, entry in data["tasks"].items():
+            for name, arm in entry["arms"].items():
+                value, difference = interval(arm["value"], 4), interval(arm["difference"], 4, signed=True)
+                lines.append(
+                    f"| {name} | {task} {entry['metric']}, {entry['num_items']} items | {value} | {difference} |"
+                )
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """eval.json, eval.md, and a log of every item: samples/ARM.TASK.jsonl, documents/ARM.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "eval.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        (folder / "eval.md").write_text(self.to_markdown())
+        for name, scores in self.perplexity.items():
+            _write(folder / "documents" / f"{_file_name(name)}.json", json.dumps(scores.to_json()))
+        for name, tasks in self.tasks.items():
+            for task, result in tasks.items():
+                lines = "".join(json.dumps(sample, default=str) + "\n" for sample in result.samples)
+                _write(folder / "samples" / f"{_file_name(name)}.{task}.jsonl", lines)
+
+
+def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dtype | None = None) -> dict[str, Program]:
+    """Programs by name: quantized or Hugging Face folders, shipped or hub names, `NAME=SOURCE` to name one.
+
+    A plan is applied by rounding to nearest and saved nowhere: the last source comes a second time under it.
+    """
+    from aqtx.checkpoint import open_program
+
+    arms: dict[str, Program] = {}
+    for source in sources:
+        name, _, place = source.rpartition("=")
+        arms[_free(name or Path(place).name, arms)] = open_program(place, dtype)
+    if plan is not None:
+        from aqtx.passes.assign_plan import AssignPlan
+        from aqtx.passes.emit import Emit
+        from aqtx.passes.quantize import Quantize
+        from aqtx.pipeline import run
+
+        planned = open_program(sources[-1].rpartition("=")[2], dtype)
+        steps = [AssignPlan(method="manual", file=str(plan)), Quantize(), Emit()]
+        arms[_free(plan.stem, arms)] = run(planned, steps)
+    return arms
+
+
+def evaluate_arms(
+    arms: Mapping[str, Program], settings: EvalSettings, *, progress: Progress | None = None
+) -> EvalResults:
+    """Measure every arm. All must share one tokenizer's ids, or their perplexities would not pair."""
+    results = EvalResults(settings)
+    for name, program in arms.items():
+        if program.folder is None:
+            raise InputError(f"{name} has no folder with a tokenizer, so no text can be scored")
+        tokenizer = load_tokenizer(program.folder)
+        forward = program.module()
+        window = settings.window or min(int(program.config.get("max_position_embeddings", _MAX_WINDOW)), _MAX_WINDOW)
+        if settings.perplexity is not None:
+            documents = evaluation(settings.perplexity, tokenizer, max_tokens=settings.max_tokens)
+            results.perplexity[name] = evaluate_perplexity(
+                forward, documents, window=window, batch_size=settings.batch_size, progress=progress
+            )
+        if settings.tasks:
+            results.tasks[name] = _run_tasks(program, forward, tokenizer, window, settings)
+    return results
+
+
+def _run_tasks(program: Program, forward: Any, tokenizer: Any, window: int, settings: EvalSettings) -> dict[str, Any]:
+    from aqtx.evaluate.lm import ProgramLM
+    from aqtx.evaluate.tasks import run_tasks
+    from aqtx.generate import Generator
+
+    model = ProgramLM(
+        lambda ids: forward(ids.to(program.device)),
+        tokenizer,
+        max_length=window,
+        generator=lambda: Generator(program),
+        batch_size=settings.batch_size,
+    )
+    return run_tasks(
+        model,
+        settings.tasks,
+        include_path=settings.include_path,
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+    )
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, or with a number behind it where it is taken."""
+    return next(word for word in (name, *(f"{name}-{i}" for i in range(2, 100))) if word not in taken)
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

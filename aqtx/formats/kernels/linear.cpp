@@ -1,0 +1,199 @@
+// Products with packed weights: AVX-512 BF16 where the processor has it, portable loops elsewhere.
+#include "packed.h"
+
+#include <array>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#if defined(__x86_64__)
+#include "avx512.h"
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+static float code_value(const Packed& w, int code) {
+  if (w.mantissa_bits == 0) return float(w.zero ? code : code - (1 << (w.bits - 1)));
+  const int sign = 1 << (w.bits - 1), magnitude = code & (sign - 1);
+  const int exponent = magnitude >> w.mantissa_bits, mantissa = magnitude & ((1 << w.mantissa_bits) - 1);
+  const int whole = exponent ? mantissa | (1 << w.mantissa_bits) : mantissa;
+  const float value = std::ldexp(float(whole), (exponent ? exponent : 1) - w.exponent_bias - w.mantissa_bits);
+  return code & sign ? -value : value;
+}
+
+const uint16_t* value_table(const Packed& w) {
+  static std::map<std::tuple<int, int, bool>, std::array<uint16_t, 256>> tables;
+  static std::mutex lock;
+  std::lock_guard<std::mutex> guard(lock);
+  auto [found, fresh] = tables.try_emplace({w.bits, w.mantissa_bits, w.zero != nullptr});
+  if (fresh)
+    for (int code = 0; code < (1 << w.bits); code++) found->second[code] = to_bf16(code_value(w, code));
+  return found->second.data();
+}
+
+static float decode_scale(const Packed& w, int64_t index) {
+  if (w.scale_kind == ScaleKind::e8m0) {
+    const uint32_t byte = w.scale[index];
+    return as_float(byte ? byte << 23 : 1u << 22);  // byte 0 is 2^-127
+  }
+  if (w.scale_kind == ScaleKind::bf16) return as_float(uint32_t(((const uint16_t*)w.scale)[index]) << 16);
+  const int byte = w.scale[index];  // E4M3, positive
+  const float value = byte >= 8 ? as_float((uint32_t(byte) << 20) + (120u << 23)) : std::ldexp(float(byte), -9);
+  return value * w.per_tensor;
+}
+
+CLONES void row_scales(const Packed& w, int64_t row, float* out) {
+  const int64_t step = scale_step(w), count = supers(w.num_columns) * (kSuper / step);
+  const int64_t base = row * w.num_blocks;
+  if (w.scale_kind == ScaleKind::e8m0) {
+    for (int64_t b = 0; b < w.num_blocks; b++) {
+      const uint32_t bits = uint32_t(w.scale[base + b]) << 23;
+      out[b] = as_float(bits > (1u << 22) ? bits : 1u << 22);
+    }
+    for (int64_t i = w.num_blocks; i < count; i++) out[i] = 0.0f;
+    return;
+  }
+  const int64_t per_block = w.num_blocks == 1 ? count : w.block / step;
+  for (int64_t b = 0, i = 0; b < w.num_blocks; b++) {
+    const float scale = decode_scale(w, base + b);
+    for (int64_t end = i + per_block; i < end && i < count; i++) out[i] = scale;
+  }
+  for (int64_t i = w.num_blocks * per_block; i < count; i++) out[i] = 0.0f;
+}
+
+// ---- portable ------------------------------------------------------------------------------------
+
+// 64 codes, one a byte, in decoder order: first halves of slabs as the vector kernels see them.
+template <int BITS> static inline void unpack_super(const Packed& w, const uint8_t* row, int64_t s, uint8_t* code) {
+  auto at = [](int quarter) { return quarter == 1 ? 2 : quarter == 2 ? 1 : quarter; };  // decoder order
+  for (int quarter = 0; quarter < 4; quarter++) {
+    uint8_t* out = code + 16 * at(quarter);
+    const int64_t first = kSuper * s + 16 * quarter;
+    if (first >= w.padded()) {
+      for (int j = 0; j < 16; j++) out[j] = 0;
+      continue;
+    }
+    if constexpr (BITS == 8) {
+      for (int j = 0; j < 16; j++) out[j] = row[first + j];
+    } else if constexpr (BITS == 4 || BITS == 6) {
+      const uint8_t* slab = row + first / 32 * 16;
+      for (int j = 0; j < 16; j++) out[j] = (slab[j] >> (4 * (quarter & 1))) & 15;
+    } else {
+      const uint8_t* slab = row + 16 * s;
+      for (int j = 0; j < 16; j++) out[j] = (slab[j] >> (2 * quarter)) & 3;
+    }
+    if constexpr (BITS == 6) {
+      const uint8_t* slab = row + w.padded() / 2 + 16 * s;
+      for (int j = 0; j < 16; j++) out[j] |= ((slab[j] >> (2 * quarter)) & 3) << 4;
+    }
+    if constexpr (BITS == 3) {
+      const uint8_t* slab = row + w.padded() / 4 + 16 * (s / 2);
+      const int shift = 4 * int(s & 1) + quarter;
+      for (int j = 0; j < 16; j++) out[j] |= ((slab[j] >> shift) & 1) << 2;
+    }
+  }
+}
+
+// Arithmetic on bits, which compilers vectorise, where a table would be a gather.
+static inline void values_of(const Packed& w, const uint8_t* code, float* value) {
+  if (w.mantissa_bits == 0) {
+    const float offset = w.zero ? 0.0f : float(1 << (w.bits - 1));
+    for (int j = 0; j < kSuper; j++) value[j] = float(code[j]) - offset;
+    return;
+  }
+  const uint32_t sign = 1u << (w.bits - 1), drop = 23 - w.mantissa_bits, bias = uint32_t(127 - w.exponent_bias) << 23;
+  const float smallest = as_float(uint32_t(128 - w.exponent_bias) << 23);
+  for (int j = 0; j < kSuper; j++) {
+    const float normal = as_float(((code[j] & (sign - 1)) << drop) + bias);
+    const float subnormal = 2.0f * normal - smallest;
+    const uint32_t magnitude = as_bits(subnormal < normal ? subnormal : normal);
+    value[j] = as_float(magnitude | ((code[j] & sign) << (32 - w.bits)));
+  }
+}
+
+template <int BITS> static inline void decode_super(const Packed& w, const uint8_t* row, int64_t s, float* value) {
+  alignas(64) uint8_t code[kSuper];
+  unpack_super<BITS>(w, row, s, code);
+  values_of(w, code, value);
+}
+
+template <int BITS>
+static inline void rows_portable(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+  const int64_t num_supers = supers(w.num_columns), step = scale_step(w), per_super = kSuper / step;
+  std::vector<float> scales(num_supers * per_super), values(num_supers * kSuper);
+  for (int64_t n = n0; n < n1; n++) {
+    row_scales(w, n, scales.data());
+    for (int64_t s = 0; s < num_supers; s++) {
+      float* v = values.data() + kSuper * s;
+      decode_super<BITS>(w, w.codes + n * w.row_bytes, s, v);
+      const float* sc = scales.data() + per_super * s;
+      const float by16[4] = {sc[0], step == 16 ? sc[2] : sc[1], step == 16 ? sc[1] : sc[0], step == 16 ? sc[3] : sc[1]};
+      for (int part = 0; part < 4; part++)
+        for (int j = 0; j < 16; j++) v[16 * part + j] *= by16[part];
+    }
+    for (int64_t m = 0; m < x.num_rows; m++) {
+      const float* xm = x.f32 + m * x.columns;
+      float acc[16] = {0};
+      for (int64_t k = 0; k < num_supers * kSuper; k += 16)
+        for (int j = 0; j < 16; j++) acc[j] += values[k + j] * xm[k + j];
+      float sum = 0;
+      for (int j = 0; j < 16; j++) sum += acc[j];
+      y[m * ldy + n] = sum;
+    }
+  }
+}
+
+#define PORTABLE(BITS)                                                                                      \
+  CLONES static void portable##BITS(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, \
+                                    int64_t n1) {                                                           \
+    rows_portable<BITS>(w, x, y, ldy, n0, n1);                                                              \
+  }
+PORTABLE(2) PORTABLE(3) PORTABLE(4) PORTABLE(6) PORTABLE(8)
+
+// ---- dispatch ------------------------------------------------------------------------------------
+
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  static const bool found = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
+  return found;
+#else
+  return false;
+#endif
+}
+
+// An asymmetric weight is (code - zero) * scale: the zeros are taken off through the blocks' sums of x.
+static void subtract_zeros(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+  for (int64_t n = n0; n < n1; n++)
+    for (int64_t b = 0; b < w.num_blocks; b++) {
+      const float shift = decode_scale(w, n * w.num_blocks + b) * float(w.zero[n * w.num_blocks + b]);
+      for (int64_t m = 0; m < x.num_rows; m++) y[m * ldy + n] -= shift * x.block_sums[m * w.num_blocks + b];
+    }
+}
+
+void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+#if defined(__x86_64__)
+  if (x.bf16) {
+    auto run = w.bits == 2 ? rows_avx512<2> : w.bits == 3 ? rows_avx512<3> : w.bits == 4 ? rows_avx512<4>
+             : w.bits == 6 ? rows_avx512<6> : w.mantissa_bits ? rows_avx512<80> : rows_avx512<8>;
+    run(w, x, y, ldy, n0, n1);
+  } else
+#endif
+  {
+    auto run = w.bits == 2 ? portable2 : w.bits == 3 ? portable3 : w.bits == 4 ? portable4
+             : w.bits == 6 ? portable6 : portable8;
+    run(w, x, y, ldy, n0, n1);
+  }
+  if (w.zero) subtract_zeros(w, x, y, ldy, n0, n1);
+}
+
+void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
+#if defined(__x86_64__)
+  auto run = w.bits == 2 ? dequantize_avx512<2> : w.bits == 3 ? dequantize_avx512<3> : w.bits == 4 ? dequantize_avx512<4>
+           : w.bits == 6 ? dequantize_avx512<6> : w.mantissa_bits ? dequantize_avx512<80> : dequantize_avx512<8>;
+  run(w, out, n0, n1);
+#endif
+}

@@ -1,0 +1,122 @@
+"""From settings to a plan."""
+
+import torch
+from torch import Tensor
+
+from aqtx.errors import InputError
+from aqtx.formats.table import parse
+from aqtx.numerics.allocate import Allocation, allocate
+from aqtx.plan import Plan, PlanEntry
+from aqtx.planning.manual import Scheme, read_manual
+from aqtx.planning.options import Division, Options, build_options, divide, limit
+from aqtx.planning.settings import Settings
+from aqtx.planning.tiers import TIERS, honour_limits
+from aqtx.program import Program, Site
+from aqtx.registry import Context
+from aqtx.sensitivity.costs import COSTS
+from aqtx.sensitivity.measured import measure
+from aqtx.sensitivity.selection import unique_sites
+
+
+def decide(program: Program, settings: Settings, context: Context) -> Plan:
+    """The plan for a program; annotates measured errors where the method needs them, else changes nothing."""
+    division = divide(program, settings)
+    if settings.method == "manual":
+        return _manual(program, division, settings)
+    options = build_options(program, division, settings)
+    budget = limit(program, options, settings)
+    if settings.method in TIERS:
+        if settings.groups and settings.method != "uniform":
+            raise InputError(f"method {settings.method} cannot honour groups; use alpha, error or uniform")
+        choice = honour_limits(TIERS[settings.method](options, settings, budget), options)
+        return _plan(program, division, options, settings, (choice, None, None))
+    _measure(program, options, context)
+    seed = context.seed if settings.seed is None else settings.seed
+    cost = COSTS[settings.method](options.sites, options.formats, settings, seed)
+    found = _allocate(cost, options, settings, budget)
+    return _plan(program, division, options, settings, (found.choice, cost, found))
+
+
+def _measure(program: Program, options: Options, context: Context) -> None:
+    """Errors of every format that a site may take."""
+    by_formats: dict[tuple[bool, ...], list[Site]] = {}
+    for site, row in zip(options.sites, options.allowed.tolist(), strict=True):
+        by_formats.setdefault(tuple(row), []).append(site)
+    for row, sites in by_formats.items():
+        formats = [fmt for fmt, is_allowed in zip(options.formats, row, strict=True) if is_allowed]
+        measure(program, context.progress(sites, description="measured error"), formats)
+
+
+def _allocate(cost: Tensor, options: Options, settings: Settings, budget: float | None) -> Allocation:
+    size = options.size * options.share[:, None]
+    if settings.method == "alphaq":  # counts every matrix once, at its nominal bits
+        size = torch.tensor([[float(fmt.element.bits) for fmt in options.formats]]).repeat(len(options.sites), 1)
+        budget = float(settings.average_bits or 0.0) * len(options.sites)
+    if budget is None:
+        raise InputError(f"method {settings.method} needs average_bits or budget_bytes")
+    return allocate(cost, size, budget, exact=settings.exact or None, groups=options.groups, allowed=options.allowed)
+
+
+def _plan(
+    program: Program,
+    division: Division,
+    options: Options,
+    settings: Settings,
+    solved: tuple[Tensor, Tensor | None, Allocation | None],
+) -> Plan:
+    choice, cost, found = solved
+    entries = {}
+    for row, site in enumerate(options.sites):
+        column = int(choice[row])
+        why = "pinned" if site.name in division.chosen["pins"] else ""
+        predicted = None if cost is None else float(cost[row, column])
+        entries[site.name] = planned_entry(site, options.formats[column].name, settings.activations, predicted, why)
+    reasons = division.kept | division.degenerate
+    sites = {
+        name: entries[name] if name in entries else kept_entry(program, site, reasons[name])
+        for name, site in unique_sites(program).items()
+    }
+    bounds = {} if found is None else {"cost": found.cost, "bound": found.bound, "gap": found.gap}
+    return Plan(sites=sites, method=settings.method, budget=_budget_json(settings), **bounds)  # type: ignore[arg-type]
+
+
+def _budget_json(settings: Settings) -> dict[str, float]:
+    given = {"average_bits": settings.average_bits, "budget_bytes": settings.budget_bytes}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def planned_entry(site: Site, format_name: str, activation: str, cost: float | None, why: str) -> PlanEntry:
+    """The entry of a site that is rounded to a format."""
+    return PlanEntry(
+        format=format_name,
+        activation=None if activation == "none" else parse(activation).name,
+        category=site.category,
+        numel=site.numel,
+        bytes=parse(format_name).num_bytes(site.shape),
+        alpha=site.get("alpha"),
+        error=site.get("error", {}).get(format_name),
+        cost=cost,
+        why=why,
+    )
+
+
+def kept_entry(program: Program, site: Site, why: str) -> PlanEntry:
+    """The entry of a site that stays as it is."""
+    size = site.numel * program.weights.specs[site.weight].dtype.itemsize
+    return PlanEntry(
+        format=None, category=site.category, numel=site.numel, bytes=size, alpha=site.get("alpha"), why=why
+    )
+
+
+def _manual(program: Program, division: Division, settings: Settings) -> Plan:
+    """What the file says, except for sites that `keep` names."""
+    sites = unique_sites(program)
+    schemes, warnings = read_manual(settings.plan, list(sites))
+    entries = {}
+    for name, site in sites.items():
+        scheme = Scheme(None, None, division.kept[name]) if name in division.kept else schemes[name]
+        if scheme.format is None:
+            entries[name] = kept_entry(program, site, scheme.why)
+        else:
+            entries[name] = planned_entry(site, scheme.format, scheme.activation or "none", None, scheme.why)
+    return Plan(sites=entries, method="manual", warnings=warnings)

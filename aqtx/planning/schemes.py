@@ -1,0 +1,59 @@
+"""The keys of one scheme of a manual plan (`wq`, `aq`, `group_size`, `extra`) -> canonical format names."""
+
+from typing import Any
+
+from aqtx.errors import InputError
+from aqtx.formats.table import ALIASES, BF16_SCALE, GROUPS, parse
+
+SCHEME_KEYS = ("wq", "aq", "group_size", "skip", "comment", "extra", "alpha_hill", "category")
+_NO_FORMAT = ("none", "bf16", "bfloat16", "fp16", "float16", "skip")
+_VARIANTS = {"fp6": ("e2m3", "e3m2"), "mxfp6": ("e2m3", "e3m2"), "fp8": ("e4m3", "e5m2"), "mxfp8": ("e4m3", "e5m2")}
+
+
+class SchemeReader:
+    """Reads schemes one after the other; collects problems, and counts groups that a format cannot honour."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._fixed_blocks = 0
+
+    def warnings(self) -> list[str]:
+        """One sentence for all group sizes that fell to a fixed block."""
+        if not self._fixed_blocks:
+            return []
+        return [f"group_size other than 32 was given for {self._fixed_blocks} MX schemes: their block stays 32"]
+
+    def format_name(self, site: str, name: object, keys: dict[str, Any]) -> str | None:
+        """The canonical name of a weight or activation format with its group, or None for no quantization."""
+        word = str(name).strip().lower()
+        if word in _NO_FORMAT:
+            return "bf16" if word in ("bf16", "bfloat16") and name is keys.get("wq") else None
+        try:
+            return self._grouped(self._variant(word, keys), keys.get("group_size"))
+        except InputError as error:
+            self.problems.extend(f"plan, {site}: {problem}" for problem in error.problems)
+            return None
+
+    def _variant(self, word: str, keys: dict[str, Any]) -> str:
+        """`extra: {format: e3m2}` picks the element of a name that leaves it open."""
+        asked = (keys.get("extra") or {}).get("format")
+        if asked is None or word not in _VARIANTS:
+            return word
+        if asked not in _VARIANTS[word]:
+            raise InputError(f"extra.format {asked!r} is none of {', '.join(_VARIANTS[word])} for {word}")
+        return f"{word}_{asked}"
+
+    def _grouped(self, word: str, group_size: int | None) -> str:
+        fmt = parse(word)
+        plain = "_g" not in word and "_row" not in word
+        if group_size is None or not plain:
+            return fmt.name
+        if fmt.scale is not BF16_SCALE:
+            self._fixed_blocks += fmt.block is not None and fmt.is_packed and group_size != fmt.block
+            return fmt.name
+        if group_size != -1 and group_size not in GROUPS:
+            raise InputError(f"group_size {group_size} is none of -1 (whole rows), {', '.join(map(str, GROUPS))}")
+        base, _, rule = word.partition("@")
+        base, asymmetric = base.removesuffix("_asym"), "_asym" if base.endswith("_asym") else ""
+        group = "_row" if group_size == -1 else f"_g{group_size}"
+        return parse(f"{ALIASES.get(base, base)}{group}{asymmetric}{'@' + rule if rule else ''}").name

@@ -1,0 +1,45 @@
+"""`assign_plan`: a format for each site, under a budget."""
+
+import warnings
+from dataclasses import dataclass
+
+from aqtx.plan import Plan
+from aqtx.planning.decide import decide
+from aqtx.planning.options import DEGENERATE
+from aqtx.planning.settings import Settings
+from aqtx.program import Program, Site
+from aqtx.registry import Changes, Context, Pass, Refusal, register
+
+
+@register("assign_plan")
+@dataclass(frozen=True, kw_only=True)
+class AssignPlan(Settings, Pass):
+    """Decide the format of every site: the least predicted loss within the budget, or by a rule.
+
+    site{alpha, error} -> site{format: mxfp4, activation: null, why: ""}
+    a kept site        -> site{format: null, why: "kept by 'router'"}
+
+    Fields: those of `aqtx.planning.settings.Settings`.
+    """
+
+    def validate(self) -> list[str]:
+        """Problems of the fields."""
+        return self.problems()
+
+    def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
+        """Plan, then annotate all sites."""
+        plan = decide(program, self, context)
+        for warning in plan.warnings:
+            warnings.warn(warning, stacklevel=2)
+        program.plan = plan
+        for site in sites:
+            entry = plan.sites[site.name]
+            for key, value in (("format", entry.format), ("activation", entry.activation), ("why", entry.why)):
+                site.set(key, value)
+        refused = [Refusal(name, entry.why) for name, entry in plan.sites.items() if entry.why.startswith(DEGENERATE)]
+        return Changes(changed=list(plan.planned), refused=refused, details=_details(plan))
+
+
+def _details(plan: Plan) -> dict[str, object]:
+    facts = {"method": plan.method, "budget": plan.budget, "average_bits": plan.average_bits}
+    return {**facts, "cost": plan.cost, "bound": plan.bound, "gap": plan.gap, "warnings": plan.warnings}

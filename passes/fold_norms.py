@@ -1,0 +1,95 @@
+"""`fold_norms`: multiply the gain of each RMS norm into the linears that read it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from aqtx.changes import Scale
+from aqtx.program import Program, Site
+from aqtx.registry import Changes, Context, Pass, Refusal, register
+from aqtx.residual import NORM, readers
+from aqtx.rotation import check_plain, embedding_weights, untie_all
+from aqtx.rowwise import Unproven, aten, weight_name
+
+
+@register("fold_norms")
+@dataclass(frozen=True, kw_only=True)
+class FoldNorms(Pass):
+    """Fold gains into readers, router and head included, so that norms commute with rotations.
+
+    norm(x) * g -> linear(., W)        becomes        norm(x) * 1 -> linear(., W diag(g))
+
+    A norm whose output something other than linears reads is refused: q/k norms before rotary positions,
+    norms behind a block, whose output joins the residual stream. A LayerNorm is never folded: it
+    subtracts the mean, which a rotation changes.
+
+    Fields:
+        untie: give a head that shares the embedding's weights its own, where the last norm folds into it.
+    """
+
+    exact = True
+
+    untie: bool = True
+
+    def find(self, program: Program) -> list[Site]:
+        """None: the pass is about norms; the readers that it changes are told as changed."""
+        return []
+
+    def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
+        """Prove all, then fold."""
+        changes, plan = Changes(), dict[str, list[str]]()
+        tied = embedding_weights(program) if not self.untie else set()
+        uses = Counter(node.args[2] for node in program.graph.nodes if node.target is NORM and len(node.args) > 2)
+        for node in program.graph.nodes:
+            try:
+                if node.target in (NORM, aten.layer_norm.default):
+                    gain, weights = folding(node, uses, tied)
+                    plan[gain] = weights
+            except Unproven as reason:
+                changes.refused.append(Refusal(norm_name(node), f"its gain cannot be folded: {reason}"))
+        _refuse_shared(plan, changes)
+        check_plain(program, {weight for weights in plan.values() for weight in weights})
+        untied = untie_all(program) if any(set(weights) & embedding_weights(program) for weights in plan.values()) else {}
+        for gain, weights in plan.items():
+            scale = Scale(program.weights.precise(gain, dtype=torch.float64))
+            for weight in weights:
+                program.weights.change(untied.get(weight, weight), scale)
+            program.weights.put(gain, torch.ones_like(scale.vector, dtype=program.dtype))
+            changes.changed += [untied.get(weight, weight) for weight in weights]
+        changes.details = {"norms": len(plan), "untied": untied}
+        return changes
+
+
+def folding(node: fx.Node, uses: Counter[object], tied: set[str]) -> tuple[str, list[str]]:
+    """A norm's gain and the weights that it folds into.
+
+    Raises:
+        Unproven: it cannot be folded.
+    """
+    if node.target is not NORM:
+        raise Unproven("it is a LayerNorm, which subtracts the mean")
+    gain = node.args[2] if len(node.args) > 2 else None
+    if not isinstance(gain, fx.Node) or gain.op != "get_attr":
+        raise Unproven("it has none of its own")
+    if uses[gain] > 1 or len(gain.users) > 1:
+        raise Unproven("several nodes use it")
+    weights = [weight_name(reader) for reader in readers(node)]
+    if set(weights) & tied:
+        raise Unproven("its reader shares the embedding's weights and `untie` is off")
+    return str(gain.target), list(dict.fromkeys(weights))
+
+
+def norm_name(node: fx.Node) -> str:
+    """What a refusal calls a norm: its gain's parameter."""
+    gain = node.args[2] if len(node.args) > 2 else None
+    return str(gain.target) if isinstance(gain, fx.Node) else node.name
+
+
+def _refuse_shared(plan: dict[str, list[str]], changes: Changes) -> None:
+    """Drop norms that would fold into one weight."""
+    count = Counter(weight for weights in plan.values() for weight in weights)
+    for gain in [gain for gain, weights in plan.items() if any(count[weight] > 1 for weight in weights)]:
+        del plan[gain]
+        changes.refused.append(Refusal(gain, "its gain cannot be folded: a weight behind it is read behind another norm too"))

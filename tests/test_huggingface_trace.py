@@ -1,0 +1,127 @@
+"""Models that aqtx does not implement: transformers' own modules, traced, quantized, written and read back."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import SMALL, randomize, token_ids
+from torch import nn
+
+import aqtx
+from aqtx.errors import InputError
+from aqtx.formats import quantize
+
+MOE = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DEEPSEEK_V3 = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+# model_type -> settings beside SMALL, matrices of one layer, norms of the whole model that are one op each
+FOREIGN: dict[str, tuple[dict[str, Any], int, int]] = {
+    "gemma": ({"head_dim": 16}, 7, 5),
+    "gemma3_text": ({"head_dim": 16}, 7, 13),
+    "phi": ({}, 6, 0),
+    "gpt_neox": ({"rotary_pct": 0.5}, 4, 0),
+    "qwen3_moe": (MOE, 4 + 1 + 24, 9),
+    "gpt_oss": (MOE | {"head_dim": 16}, 4 + 1 + 24, 5),
+    "granitemoe": (MOE, 4 + 1 + 24, 5),
+}
+
+
+def foreign(model_type: str, **settings: Any) -> nn.Module:
+    """transformers' model with two layers and random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = DEEPSEEK_V3 if model_type == "deepseek_v3" else FOREIGN.get(model_type, ({}, 0, 0))[0]
+    config = AutoConfig.for_model(model_type, **(SMALL | {"num_hidden_layers": 2} | own | settings))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomize(model)
+    return model
+
+
+def difference(program: aqtx.Program, model: nn.Module) -> float:
+    """The largest difference of logits over batches and lengths, of which some are 1."""
+    module, found = program.module(), 0.0
+    with torch.no_grad():
+        for batch, length in ((2, 19), (1, 1), (3, 4)):
+            ids = token_ids(batch, length)
+            found = max(found, (module(ids) - model(input_ids=ids).logits).abs().max().item())
+    return found
+
+
+@pytest.mark.parametrize("model_type", FOREIGN)
+def test_modules_in_memory_trace_to_canonical_graphs(model_type: str) -> None:
+    theirs = foreign(model_type)
+    program = aqtx.trace(theirs)
+    _, matrices, norms = FOREIGN[model_type]
+    sites = Counter(site.layer for site in program.sites())
+    counts = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert (sites[0], sites[1], sites[None]) == (matrices, matrices, 1)
+    assert counts["aten.rms_norm.default"] == norms
+    assert difference(program, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3"])
+def test_folders_are_quantized_written_and_read_back(model_type: str, tmp_path: Path) -> None:
+    """gemma and qwen3_moe are read by name; of the others only transformers can translate the names."""
+    theirs = foreign(model_type)
+    theirs.save_pretrained(tmp_path / "source")
+    program = aqtx.trace(tmp_path / "source")
+    assert difference(program, theirs) <= 2e-6
+    for site in program.sites():
+        if site.layer is not None and site.category != "router":
+            program.codes[site.name] = quantize(program.read(site), "int4_g32" if site.shape[0] % 3 else "mxfp6")
+    program.emitted = True
+    aqtx.save(program, tmp_path / "quantized")
+    loaded, ids = aqtx.load(tmp_path / "quantized"), token_ids(2, 11)
+    with torch.no_grad():
+        before, after = program.module()(ids), loaded.module()(ids)
+    assert torch.equal(before, after)
+    assert difference(loaded, theirs) > 1e-3, "nothing was quantized"
+
+
+def test_a_routers_correction_bias_is_read_in_its_own_precision(tmp_path: Path) -> None:
+    theirs = foreign("deepseek_v3").to(torch.bfloat16)
+    bias = theirs.model.layers[1].mlp.gate.e_score_correction_bias
+    bias.data = torch.linspace(-1, 1, 8)  # float32, as published
+    theirs.save_pretrained(tmp_path)
+    program = aqtx.trace(tmp_path)
+    read = program.weights.get("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert torch.equal(read, bias)
+    assert program.dtype == torch.bfloat16
+
+
+def test_a_model_out_of_reach_is_an_error_that_names_what_is_missed() -> None:
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel: only 1?\d %? ?.*transformer\.h\.\d\.mlp"):
+        aqtx.trace(foreign("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64))
+
+
+def test_missing_tensors_are_an_error_not_random_numbers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    foreign("gemma").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        aqtx.trace(tmp_path)
+
+
+def test_a_type_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    foreign("gemma").save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text().replace('"gemma"', '"gemmma"')
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match="'gemmma' is known neither to aqtx nor to transformers"):
+        aqtx.trace(tmp_path)
