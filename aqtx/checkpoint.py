@@ -8,6 +8,7 @@ model on meta, replays the edits and reads the weights lazily: bit-exact, and no
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,13 +147,15 @@ def load(directory: str | Path) -> Program:
     return open_program(directory, None)
 
 
-def open_program(source: str | Path, dtype: torch.dtype | None) -> Program:
+def open_program(source: str | Path, dtype: torch.dtype | None, *, config_only: bool = False) -> Program:
     """A Program over a checkpoint: local folder, shipped name or hub name, quantized or not."""
     from aqtx.models import build, load_config, supported
     from aqtx.reader import CheckpointReader, locate
 
     folder = locate(source)
     config = load_config(folder)
+    if config_only:
+        return _without_weights(config, dtype, folder)
     reader = CheckpointReader(folder)
     dtype = dtype or reader.dtype()
     quantization = config.get("quantization_config", {})
@@ -170,3 +173,26 @@ def open_program(source: str | Path, dtype: torch.dtype | None) -> Program:
     for edit in quantization.get("edits", []):
         program.edit(edit)
     return program
+
+
+def _without_weights(config: dict[str, Any], dtype: torch.dtype | None, folder: Path) -> Program:
+    """A Program of a config.json alone; reading a weight is an error."""
+    from aqtx.models import build
+
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return build_program(
+        lambda: build(config), _NoWeights(folder), config=config, dtype=dtype or getattr(torch, declared), folder=folder
+    )
+
+
+@dataclass(frozen=True)
+class _NoWeights:
+    """In the place of weights where only config.json is looked at."""
+
+    folder: Path
+
+    def parameter(self, name: str) -> Tensor:
+        raise InputError(f"{self.folder}: {name} cannot be read, since only config.json was opened")
+
+    def expert(self, name: str, index: int) -> Tensor:
+        return self.parameter(name)

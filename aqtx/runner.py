@@ -72,10 +72,8 @@ class _Runner:
         self.recipe = recipe
         self.directory = directory
         self.started = time.perf_counter()
-        self.program = open_program(recipe.model.source, _DTYPES[recipe.model.dtype])
-        self.program.device = device_of(recipe.device)
-        self.context = Context(seed=recipe.seed, device=self.program.device, work=directory.work, quiet=quiet)
-        self.context.load_calibration = self._calibration
+        self.program = program_of(recipe)
+        self.context = recipe_context(recipe, self.program, work=directory.work, quiet=quiet)
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> Report:
@@ -125,19 +123,11 @@ class _Runner:
         rounding = [row for row in self.rows if row["name"] in _DECIDING]
         return [Refusal(**refusal) for row in rounding for refusal in row["refused"]]
 
-    def _calibration(self) -> torch.Tensor:
-        return calibration(self.recipe.calibration, load_tokenizer(self._folder()), self.recipe.seed)
-
-    def _folder(self) -> Path:
-        if self.program.folder is None:
-            raise InputError(f"model {self.recipe.model.source} has no folder with a tokenizer")
-        return self.program.folder
-
     def _documents(self) -> list[Document] | None:
         spec = self.recipe.evaluate
         if spec is None or spec.perplexity is None:
             return None
-        return evaluation(spec.perplexity, load_tokenizer(self._folder()), max_tokens=spec.max_tokens)
+        return evaluation(spec.perplexity, load_tokenizer(_folder(self.program)), max_tokens=spec.max_tokens)
 
     def _score(self, documents: list[Document] | None, moment: str) -> DocumentScores | None:
         """Perplexity of the program as it stands; kept with the resume points, as is every finished stage."""
@@ -168,6 +158,28 @@ class _Runner:
             write_report(staging)
         self.directory.finish()
         return Report(self.directory.output, data)
+
+
+def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
+    """The recipe's model, traced, on the recipe's device; `config_only` reads nothing but config.json."""
+    program = open_program(recipe.model.source, _DTYPES[recipe.model.dtype], config_only=config_only)
+    program.device = device_of(recipe.device)
+    return program
+
+
+def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None, quiet: bool = False) -> Context:
+    """What passes of the recipe are lent: its seed, its device, its calibration text."""
+    context = Context(seed=recipe.seed, device=program.device, work=work, quiet=quiet)
+    context.load_calibration = lambda: calibration(
+        recipe.calibration, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress
+    )
+    return context
+
+
+def _folder(program: Program) -> Path:
+    if program.folder is None:
+        raise InputError("the model has no folder, so there is no tokenizer to read text with")
+    return program.folder
 
 
 def device_of(name: str) -> torch.device:

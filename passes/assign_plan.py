@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from aqtx.plan import Plan
 from aqtx.planning.decide import decide
@@ -18,6 +19,8 @@ class AssignPlan(Settings, Pass):
 
     site{alpha, error} -> site{format: mxfp4, activation: null, why: ""}
     a kept site        -> site{format: null, why: "kept by 'router'"}
+
+    x -> linear  becomes  x -> quantize_activation -> linear, where the plan has activations.
 
     Fields: those of `aqtx.planning.settings.Settings`.
     """
@@ -36,8 +39,23 @@ class AssignPlan(Settings, Pass):
             entry = plan.sites[site.name]
             for key, value in (("format", entry.format), ("activation", entry.activation), ("why", entry.why)):
                 site.set(key, value)
+        for edit in activation_edits(program):
+            program.edit(edit)
         refused = [Refusal(name, entry.why) for name, entry in plan.sites.items() if entry.why.startswith(DEGENERATE)]
         return Changes(changed=list(plan.planned), refused=refused, details=_details(plan))
+
+
+def activation_edits(program: Program) -> list[dict[str, Any]]:
+    """The nodes that quantize activations: one edit for each weight with a planned input format.
+
+    Experts of one stack may differ; one that is not planned reads its input as it is.
+    """
+    edits = []
+    for weight, sites in program.sites_by_weight().items():
+        formats = [site.get("activation") or "" for site in sites]
+        if any(formats):
+            edits.append({"edit": "quantize_activation", "weight": weight, "formats": formats})
+    return edits
 
 
 def _details(plan: Plan) -> dict[str, object]:

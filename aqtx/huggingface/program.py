@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aqtx.errors import InputError
 from aqtx.huggingface.skeleton import canonical_tensors, skeleton
+from aqtx.models import build, supported
 from aqtx.program import Program
 from aqtx.tracing import build_program
 from aqtx.weights import ModuleSource
@@ -42,7 +43,19 @@ def trace_loaded(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     """Trace a transformers model in memory; its weights are shared, not copied."""
     config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
     dtype = dtype or next(model.parameters()).dtype
-    return trace_foreign(config, ModuleSource(canonical_tensors(model)), dtype)
+    tensors = canonical_tensors(model)
+    if not supported(config):
+        return trace_foreign(config, ModuleSource(tensors), dtype)
+    if config["model_type"] == "mixtral":
+        tensors = {disk_name_of_mixtral(name): tensor for name, tensor in tensors.items()}
+    return build_program(lambda: build(config), ModuleSource(tensors), config=config, dtype=dtype)
+
+
+def disk_name_of_mixtral(name: str) -> str:
+    """The name on disk, which ours is, of a parameter of transformers' Mixtral."""
+    for theirs, ours in ((".mlp.", ".block_sparse_moe."), (".gate_proj", ".w1"), (".up_proj", ".w3")):
+        name = name.replace(theirs, ours)
+    return name.replace(".down_proj", ".w2")
 
 
 def load_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -53,7 +66,8 @@ def load_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, told = loaded
     problems = [f"{folder}: tensor {key} is missing" for key in sorted(told["missing_keys"])]
     problems += [f"{folder}: {entry} does not have the shape of the model" for entry in told["mismatched_keys"]]
     if problems:

@@ -24,7 +24,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise InputError(f"config.json: model_type {kind!r} is known neither to aqtx nor to transformers")
     experts.register()
@@ -39,11 +39,11 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
     return canonicalize(model.eval())
 
 
-def canonicalize(model: Any) -> nn.Module:
+def canonicalize(model: nn.Module) -> nn.Module:
     """Split experts, unify norms, and make the forward `ids -> logits`; the model is on meta."""
     fused = [module for module in model.modules() if experts.is_fused_experts(module)]
     if fused:
-        model.set_experts_implementation(experts.IMPLEMENTATION)
+        model.set_experts_implementation(experts.IMPLEMENTATION)  # type: ignore[operator]
     for module in fused:
         experts.split(module)
     canonical_norms(model)
@@ -57,7 +57,7 @@ def canonicalize(model: Any) -> nn.Module:
         return logits
 
     model.forward = score
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def store_as_parameter(module: nn.Module, name: str) -> None:

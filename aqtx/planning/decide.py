@@ -54,7 +54,7 @@ def _allocate(cost: Tensor, options: Options, settings: Settings, budget: float 
         budget = float(settings.average_bits or 0.0) * len(options.sites)
     if budget is None:
         raise InputError(f"method {settings.method} needs average_bits or budget_bytes")
-    return allocate(cost, size, budget, exact=settings.exact or None, groups=options.groups, allowed=options.allowed)
+    return allocate(cost, size, budget, exact=settings.prove or None, groups=options.groups, allowed=options.allowed)
 
 
 def _plan(

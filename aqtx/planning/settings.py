@@ -43,7 +43,7 @@ class Settings:
         normalize: z-scores over `all` planned sites, or within each `category`.
         cost_model: the budget counts bytes that are stored (`storage`) or read per token (`active`): an
             expert counts by the share of tokens that it sees on average.
-        exact: prove the optimum; otherwise stop at a gap of 1e-3.
+        prove: prove the optimum; otherwise stop at a gap of 1e-3.
         groups: sites that share one format: `qkv`, `gate_up`, `experts` (all of a layer), `vllm` (all three),
             or `re:` and a regular expression: sites with equal captures form a group.
         pins: site or pattern -> format; wins over `keep`.
@@ -65,7 +65,7 @@ class Settings:
     gamma: float | None = None
     normalize: Literal["all", "category"] = "all"
     cost_model: Literal["storage", "active"] = "storage"
-    exact: bool = True
+    prove: bool = True
     groups: tuple[str, ...] = ()
     pins: dict[str, str] = field(default_factory=dict)
     min_bits: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,151 @@
+"""The optional compiled CPU kernel: built once with g++, cached, and never required.
+
+`available()` answers whether its ops (`torch.ops.aqtx_cpu`) can be used, and builds them at the first
+question. The library is keyed by its sources, torch's version and the compiler's, so a change of any
+makes a new one beside the old. Without a compiler one line says so and everything runs in plain torch.
+The sources choose vector code by the processor they run on, not the one they were built on.
+
+AQTX_KERNEL=off     never build or load it
+AQTX_CACHE_DIR=DIR  where built libraries are kept (default: ~/.cache/aqtx)
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aqtx.formats.scales import Scales
+from aqtx.formats.table import BF16_SCALE, E8M0, NVFP4_SCALE, Format
+
+SOURCES = Path(__file__).parent / "kernels"
+SCALE_KINDS = {E8M0.name: 0, BF16_SCALE.name: 1, NVFP4_SCALE.name: 2}
+RULES = {"floor": 0, "even": 1, "rceil": 2}
+# without contraction a fused multiply-add cannot change a rounding
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off"]
+
+
+@cache
+def available() -> bool:
+    """Whether the compiled ops can be used; builds and loads them the first time."""
+    if os.environ.get("AQTX_KERNEL", "auto") == "off" or sys.platform != "linux":
+        return False
+    try:
+        torch.ops.load_library(str(_built()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        sys.stderr.write(f"aqtx: no compiled CPU kernel, plain torch is used instead ({reason})\n")
+        return False
+    _register_fakes()
+    return True
+
+
+def serves(device: torch.device | str) -> bool:
+    """Whether tensors on this device go through the compiled ops."""
+    return torch.device(device).type == "cpu" and available()
+
+
+def _built() -> Path:
+    """The library's file, built if it is not there."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    sources = sorted(SOURCES.iterdir())
+    target = _cache_dir() / f"aqtx_cpu-{_key(sources, compiler)}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as staging:
+            made = Path(staging) / target.name
+            _compile(compiler, [source for source in sources if source.suffix == ".cpp"], made)
+            os.replace(made, target)  # whole or not at all, also with two builders at once
+    return target
+
+
+def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+    root = Path(torch.__file__).parent
+    paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
+    command = [compiler, *FLAGS, *map(str, sources), *paths, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "unknown reason")
+        raise OSError(f"{compiler} failed: {first}")
+
+
+def _key(sources: list[Path], compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    digest = hashlib.sha256("|".join([torch.__version__, platform.machine(), version, *FLAGS]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aqtx"
+    return Path(os.environ.get("AQTX_CACHE_DIR", default))
+
+
+def spec_of(fmt: Format, num_columns: int) -> list[int]:
+    """What the kernel needs to know of a format: five integers; 16 bits mean a plain tensor."""
+    if not fmt.is_packed:
+        return [16, 0, 0, 0, 0]
+    element = fmt.element
+    kind = SCALE_KINDS[fmt.scale.name]
+    return [element.bits, element.mantissa_bits, element.exponent_bias, kind, fmt.block_size(num_columns)]
+
+
+def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format) -> Tensor:
+    """`x @ w.T` for one packed matrix."""
+    num_columns = x.shape[-1]
+    spec = spec_of(fmt, num_columns)
+    return torch.ops.aqtx_cpu.linear(
+        x, qdata, scales.scale, scales.zero_point, scales.per_tensor_scale, spec, num_columns
+    )
+
+
+def can_quantize(weight: Tensor, fmt: Format) -> bool:
+    """MX formats whose exponent follows from the largest weight, on a CPU."""
+    return fmt.scale is E8M0 and fmt.rule in RULES and serves(weight.device)
+
+
+def quantize_mx(weight: Tensor, fmt: Format, row_bytes: int) -> tuple[Tensor, Tensor]:
+    """(codes in the memory layout, scales) of a finite weight [.., K]."""
+    spec = spec_of(fmt, weight.shape[-1])
+    return torch.ops.aqtx_cpu.quantize_mx(weight, spec, fmt.element.largest, RULES[fmt.rule], row_bytes)
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("aqtx_cpu::linear")
+    def _linear(  # noqa: PLR0913 (the op's signature)
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        per_tensor: Tensor | None,
+        spec: list[int],
+        num_columns: int,
+    ) -> Tensor:
+        return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+    @torch.library.register_fake("aqtx_cpu::grouped")
+    def _grouped(
+        x: Tensor, offsets: Tensor, parts: list[Tensor], specs: list[int], slots: list[int], num_outputs: int
+    ) -> Tensor:
+        return x.new_empty(x.shape[0], num_outputs)
+
+    @torch.library.register_fake("aqtx_cpu::dequantize")
+    def _dequantize(
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        per_tensor: Tensor | None,
+        spec: list[int],
+        num_columns: int,
+    ) -> Tensor:
+        return codes.new_empty(codes.shape[0], num_columns, dtype=torch.bfloat16)
