@@ -12,10 +12,14 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from aqtx.huggingface import hook
+
 __version__ = "0.1.0"
 
 # torchao looks for compiled kernels that this package does not use, and prints two warnings about their absence.
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
+hook.install()  # checkpoints load through transformers after `import aqtx`
 
 if TYPE_CHECKING:
     from aqtx.alpha_table import alpha as alpha

@@ -59,9 +59,14 @@ def write_model(program: Program, directory: Path) -> None:
     if program.plan is not None:
         (directory / "plan.json").write_text(json.dumps(program.plan.to_json(), indent=1) + "\n")
     if program.folder is not None:
-        for pattern in _PASSED_ON:
-            for file in sorted(program.folder.glob(pattern)):
-                shutil.copyfile(file, directory / file.name)
+        copy_tokenizer(program.folder, directory)
+
+
+def copy_tokenizer(folder: Path, directory: Path) -> None:
+    """Copy what belongs to a model beside its weights and config."""
+    for pattern in _PASSED_ON:
+        for file in sorted(folder.glob(pattern)):
+            shutil.copyfile(file, directory / file.name)
 
 
 def config_of(program: Program, formats: dict[str, str]) -> dict[str, Any]:

@@ -7,14 +7,28 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import aqtx
-from aqtx.commands import Command, apply, check, ls, report
+from aqtx.commands import Command, apply, check, eval, export, generate, ls, plan, report
 from aqtx.errors import InputError, nearest
 
-COMMANDS: tuple[Command, ...] = (apply.COMMAND, check.COMMAND, report.COMMAND, ls.COMMAND)
+COMMANDS: tuple[Command, ...] = (
+    apply.COMMAND,
+    plan.COMMAND,
+    check.COMMAND,
+    eval.COMMAND,
+    report.COMMAND,
+    export.COMMAND,
+    generate.COMMAND,
+    export.COMMAND,
+    ls.COMMAND,
+)
+
+_SOURCES = tuple(Path(__file__).parent.joinpath(name).resolve() for name in (".", "passes", "models"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
     try:
         arguments = parse_arguments(words)
-        status: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status: int = arguments.run(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not at exit
         return status
     except InputError as error:
@@ -95,6 +111,16 @@ def _check_command(words: Sequence[str]) -> None:
         raise InputError(
             f"unknown command {first!r}{nearest(first, names) or '; the commands are ' + ', '.join(names)}"
         )
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """This package's warnings as sentences; what libraries warn about is for their users, and shown when debugging."""
+    if any(Path(filename).resolve().is_relative_to(folder) for folder in _SOURCES):
+        print(f"aqtx: warning: {message}", file=sys.stderr)
+    elif os.environ.get("AQTX_DEBUG"):
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
 
 
 def _fail(status: int, reasons: Sequence[str], show_traceback: bool) -> int:

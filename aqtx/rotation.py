@@ -2,9 +2,14 @@
 
 from collections.abc import Iterable
 
+from torch import fx
+
+from aqtx.categories import select
 from aqtx.errors import InputError
-from aqtx.program import Program, weight_node
-from aqtx.rowwise import aten
+from aqtx.program import Program, Site, weight_node
+from aqtx.residual import residual_stream
+from aqtx.rowwise import Unproven, aten, is_hadamard
+from aqtx.structure import activation_ops
 
 
 def check_plain(program: Program, weights: Iterable[str]) -> None:
@@ -14,15 +19,17 @@ def check_plain(program: Program, weights: Iterable[str]) -> None:
         InputError: names the first of them.
     """
     wanted = set(weights)
+    loaded = program.config.get("quantization_config", {}).get("formats", {})
     for site in program.sites():
-        if site.weight in wanted and (site.name in program.codes or hasattr(program.stored(site), "format_name")):
+        if site.weight in wanted and (site.name in program.codes or site.name in loaded):
             raise InputError(f"{site.name} is quantized already: rotate and fold before `quantize` or `gptq`")
 
 
 def embedding_weights(program: Program) -> set[str]:
-    """The parameters that embeddings gather from."""
+    """The parameters that embeddings gather from, and those tied to them."""
     gathers = (node for node in program.graph.nodes if node.target is aten.embedding.default)
-    return {str(node.args[0].target) for node in gathers}
+    tables = {str(node.args[0].target) for node in gathers}
+    return tables | {name for name, table in program.weights.shared().items() if table in tables}
 
 
 def untie_all(program: Program) -> dict[str, str]:
@@ -33,3 +40,31 @@ def untie_all(program: Program) -> dict[str, str]:
     for weight, copy in copies.items():
         program.edit({"edit": "untie", "weight": weight, "copy": copy})
     return copies
+
+
+def input_rotation(node: fx.Node) -> fx.Node | None:
+    """The rotation on a linear's input, before the quantization of activations, if there is one."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.target in activation_ops():
+        source = source.args[0]
+    return source if isinstance(source, fx.Node) and is_hadamard(source) else None
+
+
+def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
+    """Sites by category, group or pattern, and by `residual` (readers of the stream) and `plan` (as planned).
+
+    Raises:
+        InputError: a pattern matches nothing, or the residual stream cannot be followed.
+    """
+    selectors = list(selectors)
+    sites = {site.name: site for site in program.sites()}
+    chosen = set(select(sites, [word for word in selectors if word not in ("residual", "plan")], "before"))
+    if "residual" in selectors:
+        try:
+            readers = set(residual_stream(program.graph).readers)
+        except Unproven as reason:
+            raise InputError(f"before: `residual` is refused: {reason}") from None
+        chosen |= {site.name for site in sites.values() if site.node in readers}
+    if "plan" in selectors:
+        chosen |= {site.name for site in sites.values() if site.get("rotation") is not None}
+    return [site for name, site in sites.items() if name in chosen]

@@ -50,27 +50,44 @@ def max_node(source: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
     return max([source, *arguments_of(arguments)])
 
 
-def quantize_activation(graph_module: fx.GraphModule, edit: Edit) -> None:
-    """Quantize the input of a weight's nodes per token; `formats` has one name per expert, or one."""
+def activation_ops() -> tuple[Any, ...]:
+    """The ops that quantize an input per token."""
     import aqtx.formats.activation  # noqa: F401  (registers the ops)
 
+    return torch.ops.aqtx.quantize_activation.default, torch.ops.aqtx.quantize_activation_grouped.default
+
+
+def quantize_activation(graph_module: fx.GraphModule, edit: Edit) -> None:
+    """Quantize the input of a weight's nodes per token; `formats` has one name per expert, or one."""
+    alike, grouped = activation_ops()
     for node in nodes_reading(graph_module.graph, edit["weight"]):
         formats = edit["formats"]
         if len(set(formats)) == 1:
-            insert_on_input(node, torch.ops.aqtx.quantize_activation.default, (formats[0],))
+            insert_on_input(node, alike, (formats[0],))
         else:
-            op = torch.ops.aqtx.quantize_activation_grouped.default
-            insert_on_input(node, op, (node.args[2], ",".join(formats)))
+            insert_on_input(node, grouped, (node.args[2], ",".join(formats)))
 
 
 def hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
-    """Rotate the input of a weight's nodes, block by block; nodes with one input share the rotation."""
+    """Rotate the input of a weight's nodes, block by block; nodes with one input share the rotation.
+
+        x -> quantize -> linear        becomes        x -> rotate -> quantize -> linear
+    """
     from aqtx.rotation_op import OP, buffers
 
     blank = buffers(edit["block"], edit["seed"], torch.float32)
     matrices = tuple(get_attr(graph_module, name, value) for name, value in blank.items())
     for node in nodes_reading(graph_module.graph, edit["weight"]):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.target not in activation_ops():
+            insert_on_input(node, OP, matrices)
+            continue
+        node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
         insert_on_input(node, OP, matrices)
+        insert_on_input(node, source.target, source.args[1:])
+        if not source.users:
+            graph_module.graph.erase_node(source)
 
 
 def remove_hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:

@@ -8,7 +8,7 @@ Domains take turns, so each has an equal share as long as its text lasts.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer itself adds, or without."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +65,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     if not any(folder.glob("tokenizer*")):
         raise InputError(f"{folder} holds no tokenizer (tokenizer.json), so text cannot be read for this model")
-    tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # A document longer than the model's context is cut into windows here, so the tokenizer need not warn about it.
-    tokenizer.model_max_length = 10**30  # type: ignore[attr-defined]
-    return tokenizer
+    tokenizer.model_max_length = 10**30
+    found: Tokenizer = tokenizer
+    return found
 
 
 def calibration(

@@ -17,6 +17,7 @@ from aqtx.formats.grouped import grouped_linear
 from aqtx.models.layers import sort_by_expert
 
 IMPLEMENTATION = "aqtx"
+INPUT_OPS = "input_ops"  # the module of an experts module that holds ops by projection
 
 
 def register() -> None:
@@ -57,10 +58,16 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 def split(experts: nn.Module) -> None:
     """Replace the fused parameters of experts on meta by gate, up and down."""
     parts = projections(experts)
-    for name in ("gate_up_proj", "up_proj", "down_proj"):
-        experts._parameters.pop(name, None)
+    take_out(experts)
     for name, value in parts.items():
         experts.register_parameter(name, nn.Parameter(torch.empty_like(value, memory_format=torch.contiguous_format)))
+
+
+def take_out(experts: nn.Module) -> None:
+    """Remove the fused parameters; what is put in their place is [E, N, K]."""
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        experts._parameters.pop(name, None)
+    experts.is_transposed = False  # type: ignore[assignment]
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -73,16 +80,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     order, offsets = sort_by_expert(top_k_index, stacks["down_proj"].shape[0])
     expert_of_row = top_k_index.reshape(-1)[order] if self.has_bias else order
     rows = hidden_states[order // per_token]  # [T * k, H]
-    up = grouped_linear(rows, stacks["up_proj"], offsets)
+    before = InputsOf(self, offsets)
+    up = grouped_linear(before("up_proj", rows), stacks["up_proj"], offsets)
     if not self.has_gate:
         inner = self.act_fn(up + self.up_proj_bias[expert_of_row] if self.has_bias else up)
     elif not self.has_bias and type(self)._apply_gate is _default_apply_gate:
-        inner = self.act_fn(grouped_linear(rows, stacks["gate_proj"], offsets)) * up
+        inner = self.act_fn(grouped_linear(before("gate_proj", rows), stacks["gate_proj"], offsets)) * up
     else:
-        gate = grouped_linear(rows, stacks["gate_proj"], offsets)
+        gate = grouped_linear(before("gate_proj", rows), stacks["gate_proj"], offsets)
         fused = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
         inner = self._apply_gate(fused + self.gate_up_proj_bias[expert_of_row] if self.has_bias else fused)
-    out = grouped_linear(input_of_down(self, inner, offsets), stacks["down_proj"], offsets)
+    out = grouped_linear(before("down_proj", inner), stacks["down_proj"], offsets)
     if self.has_bias:
         out = out + self.down_proj_bias[expert_of_row]
     if self.has_post_expert_norm:
@@ -91,8 +99,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return (out * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
-def input_of_down(experts: Any, inner: Tensor, offsets: Tensor) -> Tensor:
-    """What the down projection reads; loading a checkpoint may put an op of a structural edit here."""
-    before = getattr(experts, "before_down", None)
-    result: Tensor = inner if before is None else before(inner, offsets)
-    return result
+class InputsOf:
+    """What each projection reads: its input, after the ops that loading a checkpoint put before it."""
+
+    def __init__(self, experts: nn.Module, offsets: Tensor) -> None:
+        self.ops: Any = experts._modules.get(INPUT_OPS) or {}
+        self.offsets = offsets
+
+    def __call__(self, projection: str, x: Tensor) -> Tensor:
+        """x [T * k, K] as the projection reads it."""
+        result: Tensor = self.ops[projection](x, self.offsets) if projection in self.ops else x
+        return result

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aqtx.errors import InputError
+from aqtx.huggingface.names import to_disk
 from aqtx.huggingface.skeleton import canonical_tensors, skeleton
 from aqtx.models import build, supported
 from aqtx.program import Program
@@ -46,16 +47,8 @@ def trace_loaded(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     tensors = canonical_tensors(model)
     if not supported(config):
         return trace_foreign(config, ModuleSource(tensors), dtype)
-    if config["model_type"] == "mixtral":
-        tensors = {disk_name_of_mixtral(name): tensor for name, tensor in tensors.items()}
+    tensors = {to_disk(config["model_type"], name): tensor for name, tensor in tensors.items()}
     return build_program(lambda: build(config), ModuleSource(tensors), config=config, dtype=dtype)
-
-
-def disk_name_of_mixtral(name: str) -> str:
-    """The name on disk, which ours is, of a parameter of transformers' Mixtral."""
-    for theirs, ours in ((".mlp.", ".block_sparse_moe."), (".gate_proj", ".w1"), (".up_proj", ".w3")):
-        name = name.replace(theirs, ours)
-    return name.replace(".down_proj", ".w2")
 
 
 def load_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

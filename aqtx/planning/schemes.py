@@ -15,13 +15,14 @@ class SchemeReader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self._fixed_blocks = 0
+        self._fixed_blocks: set[str] = set()
 
     def warnings(self) -> list[str]:
         """One sentence for all group sizes that fell to a fixed block."""
         if not self._fixed_blocks:
             return []
-        return [f"group_size other than 32 was given for {self._fixed_blocks} MX schemes: their block stays 32"]
+        count = len(self._fixed_blocks)
+        return [f"group_size other than 32 was given for {count} sites with MX formats: their block stays 32"]
 
     def format_name(self, site: str, name: object, keys: dict[str, Any]) -> str | None:
         """The canonical name of a weight or activation format with its group, or None for no quantization."""
@@ -29,7 +30,7 @@ class SchemeReader:
         if word in _NO_FORMAT:
             return "bf16" if word in ("bf16", "bfloat16") and name is keys.get("wq") else None
         try:
-            return self._grouped(self._variant(word, keys), keys.get("group_size"))
+            return self._grouped(site, self._variant(word, keys), keys.get("group_size"))
         except InputError as error:
             self.problems.extend(f"plan, {site}: {problem}" for problem in error.problems)
             return None
@@ -43,13 +44,14 @@ class SchemeReader:
             raise InputError(f"extra.format {asked!r} is none of {', '.join(_VARIANTS[word])} for {word}")
         return f"{word}_{asked}"
 
-    def _grouped(self, word: str, group_size: int | None) -> str:
+    def _grouped(self, site: str, word: str, group_size: int | None) -> str:
         fmt = parse(word)
         plain = "_g" not in word and "_row" not in word
         if group_size is None or not plain:
             return fmt.name
         if fmt.scale is not BF16_SCALE:
-            self._fixed_blocks += fmt.block is not None and fmt.is_packed and group_size != fmt.block
+            if fmt.is_packed and group_size != fmt.block:
+                self._fixed_blocks.add(site)
             return fmt.name
         if group_size != -1 and group_size not in GROUPS:
             raise InputError(f"group_size {group_size} is none of -1 (whole rows), {', '.join(map(str, GROUPS))}")

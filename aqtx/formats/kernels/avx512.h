@@ -1,10 +1,12 @@
 // Decoders and row kernels for processors with AVX-512 BF16.
 #pragma once
 #include <immintrin.h>
+#include <algorithm>
 #include <cstring>
 #include "packed.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi"), always_inline)) inline
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi")))
+#define AVX512 TARGET __attribute__((always_inline)) inline
 
 struct Pair { __m512i first, second; };
 
@@ -114,81 +116,107 @@ template <int KIND> AVX512 Pair decode_tail(const Decoder<KIND>& d, const uint8_
   return decode(d, row, w.padded(), s);
 }
 
-AVX512 __m512 halves(float low, float high) {
-  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set1_ps(low)), _mm256_set1_ps(high), 1);
+// (low x 8, high x 8) of two floats next to each other, or two apart.
+AVX512 __m512 halves(const float* p, int apart) {
+  const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, apart, apart, apart, apart, apart, apart, apart, apart);
+  return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(p)));
 }
 
-// MT activation rows against NR weight rows at a time.
-template <int KIND, int MT, int NR>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi"))) void tile(
-    const Packed& w, const Decoder<KIND>& d, const uint16_t* x, int64_t columns, float* y, int64_t ldy, int64_t n,
-    const float* scales, int64_t scales_per_row) {
-  const int64_t num_supers = supers(w.num_columns), whole = w.padded() / kSuper;
-  const uint8_t* rows[NR];
-  __m512 acc[MT][NR];
-  for (int r = 0; r < NR; r++) {
-    rows[r] = w.codes + (n + r) * w.row_bytes;
-    for (int m = 0; m < MT; m++) acc[m][r] = _mm512_setzero_ps();
-  }
-  const bool sixteens = scale_step(w) == 16;
-  for (int64_t s = 0; s < num_supers; s++) {
-    Pair v[NR];
-    for (int r = 0; r < NR; r++)
-      v[r] = s < whole ? decode(d, rows[r], w.padded(), s) : decode_tail(d, rows[r], w, s);
-    for (int r = 0; r < NR; r++) {
-      const float* sc = scales + r * scales_per_row + (sixteens ? 4 : 2) * s;
-      const __m512 scale0 = sixteens ? halves(sc[0], sc[2]) : halves(sc[0], sc[1]);
-      const __m512 scale1 = sixteens ? halves(sc[1], sc[3]) : scale0;
+// One super of one weight row against MT activation rows.
+template <int MT, int STEP>
+AVX512 void accumulate(const Pair& v, const uint16_t* x, int64_t columns, const float* scales, __m512* acc) {
+  const __m512 scale0 = halves(scales, STEP == 16 ? 2 : 1);
+  const __m512 scale1 = STEP == 16 ? halves(scales + 1, 2) : scale0;
 #pragma GCC unroll 8
-      for (int m = 0; m < MT; m++) {
-        const uint16_t* xm = x + m * columns + kSuper * s;
-        const __m512bh x0 = (__m512bh)_mm512_loadu_si512(xm), x1 = (__m512bh)_mm512_loadu_si512(xm + 32);
-        __m512 p = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[r].first, x0);
-        if (sixteens) {
-          acc[m][r] = _mm512_fmadd_ps(p, scale0, acc[m][r]);
-          p = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[r].second, x1);
-          acc[m][r] = _mm512_fmadd_ps(p, scale1, acc[m][r]);
-        } else {
-          p = _mm512_dpbf16_ps(p, (__m512bh)v[r].second, x1);
-          acc[m][r] = _mm512_fmadd_ps(p, scale0, acc[m][r]);
-        }
-      }
+  for (int m = 0; m < MT; m++) {
+    const __m512bh x0 = (__m512bh)_mm512_loadu_si512(x + m * columns);
+    const __m512bh x1 = (__m512bh)_mm512_loadu_si512(x + m * columns + 32);
+    __m512 p = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v.first, x0);
+    if constexpr (STEP == 16) {
+      acc[m] = _mm512_fmadd_ps(p, scale0, acc[m]);
+      p = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v.second, x1);
+      acc[m] = _mm512_fmadd_ps(p, scale1, acc[m]);
+    } else {
+      p = _mm512_dpbf16_ps(p, (__m512bh)v.second, x1);
+      acc[m] = _mm512_fmadd_ps(p, scale0, acc[m]);
     }
   }
-  for (int m = 0; m < MT; m++)
-    for (int r = 0; r < NR; r++) y[m * ldy + n + r] = _mm512_reduce_add_ps(acc[m][r]);
 }
 
-template <int KIND>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi"))) void rows_avx512(
-    const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+// What a tile works on: NR weight rows from row n on, their scales one after the other, MT rows of x and y.
+struct Tile {
+  const uint16_t* x;
+  int64_t columns;
+  float* y;
+  int64_t ldy, n;
+  const float* scales;
+  int64_t scales_per_row;
+};
+
+template <int KIND, int STEP, int MT, int NR>
+TARGET void run_tile(const Packed& w, const Decoder<KIND>& d, const Tile& t) {
+  const int64_t num_supers = supers(w.num_columns), whole = std::min(w.padded() / kSuper, num_supers);
+  const int64_t padded = w.padded(), columns = t.columns, per_row = t.scales_per_row;
+  constexpr int kPerSuper = kSuper / STEP, kBytes = (KIND == 80 ? 8 : KIND) * 8, kAhead = 4096;
+  const uint8_t* row = w.codes + t.n * w.row_bytes;
+  const int64_t row_bytes = w.row_bytes;
+  __m512 acc[NR][MT];
+#pragma GCC unroll 2
+  for (int r = 0; r < NR; r++)
+#pragma GCC unroll 8
+    for (int m = 0; m < MT; m++) acc[r][m] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < whole; s++) {
+#pragma GCC unroll 2
+    for (int r = 0; r < NR; r++) {
+      _mm_prefetch((const char*)row + r * row_bytes + kBytes * s + kAhead, _MM_HINT_T0);  // of the tiles to come
+      accumulate<MT, STEP>(decode(d, row + r * row_bytes, padded, s), t.x + kSuper * s, columns,
+                           t.scales + r * per_row + kPerSuper * s, acc[r]);
+    }
+  }
+  for (int64_t s = whole; s < num_supers; s++)
+#pragma GCC unroll 2
+    for (int r = 0; r < NR; r++)
+      accumulate<MT, STEP>(decode_tail(d, row + r * row_bytes, w, s), t.x + kSuper * s, columns,
+                           t.scales + r * per_row + kPerSuper * s, acc[r]);
+#pragma GCC unroll 2
+  for (int r = 0; r < NR; r++)
+#pragma GCC unroll 8
+    for (int m = 0; m < MT; m++) t.y[m * t.ldy + t.n + r] = _mm512_reduce_add_ps(acc[r][m]);
+}
+
+template <int KIND, int STEP, int NR> TARGET void all_activations(const Packed& w, const Decoder<KIND>& d, Tile t, int64_t left) {
+  while (left > 0) {
+    const int64_t now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    if (now == 8) run_tile<KIND, STEP, 8, NR>(w, d, t);
+    else if (now == 4) run_tile<KIND, STEP, 4, NR>(w, d, t);
+    else if (now == 2) run_tile<KIND, STEP, 2, NR>(w, d, t);
+    else run_tile<KIND, STEP, 1, NR>(w, d, t);
+    t.x += now * t.columns, t.y += now * t.ldy, left -= now;
+  }
+}
+
+template <int KIND, int STEP>
+TARGET void rows_stepped(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
   const Decoder<KIND> d(w);
-  const int64_t per_row = supers(w.num_columns) * (kSuper / scale_step(w));
-  std::vector<float> scales(2 * per_row);
-  int64_t n = n0;
-  for (; n < n1; n += 2) {
-    const int nr = n + 2 <= n1 ? 2 : 1;
-    for (int r = 0; r < nr; r++) row_scales(w, n + r, scales.data() + r * per_row);
-    int64_t m = 0;
-    while (m < x.num_rows) {
-      const int64_t left = x.num_rows - m;
-      const uint16_t* xm = x.bf16 + m * x.columns;
-      float* ym = y + m * ldy;
-      auto run = [&]<int MT>() __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi"))) {
-        if (nr == 2) tile<KIND, MT, 2>(w, d, xm, x.columns, ym, ldy, n, scales.data(), per_row);
-        else tile<KIND, MT, 1>(w, d, xm, x.columns, ym, ldy, n, scales.data(), per_row);
-        m += MT;
-      };
-      if (left >= 8) run.template operator()<8>();
-      else if (left >= 4) run.template operator()<4>();
-      else if (left >= 2) run.template operator()<2>();
-      else run.template operator()<1>();
-    }
+  const int64_t per_row = supers(w.num_columns) * (kSuper / STEP);
+  std::vector<float> scales(2 * per_row + 4);
+  for (int64_t n = n0; n < n1; n += 2) {
+    const bool both = n + 2 <= n1;
+    row_scales(w, n, scales.data());
+    if (both) row_scales(w, n + 1, scales.data() + per_row);
+    const Tile t{x.bf16, x.columns, y, ldy, n, scales.data(), per_row};
+    if (both) all_activations<KIND, STEP, 2>(w, d, t, x.num_rows);
+    else all_activations<KIND, STEP, 1>(w, d, t, x.num_rows);
   }
 }
 
 template <int KIND>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi"))) void dequantize_avx512(
+void rows_avx512(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+  (scale_step(w) == 16 ? rows_stepped<KIND, 16> : rows_stepped<KIND, 32>)(w, x, y, ldy, n0, n1);
+}
+
+template <int KIND>
+TARGET void dequantize_avx512(
     const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
   const Decoder<KIND> d(w);
   const int64_t num_supers = supers(w.num_columns), whole = w.padded() / kSuper, step = scale_step(w);

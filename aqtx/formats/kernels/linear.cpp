@@ -9,9 +9,6 @@
 
 #if defined(__x86_64__)
 #include "avx512.h"
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
 #endif
 
 static float code_value(const Packed& w, int code) {
@@ -33,40 +30,59 @@ const uint16_t* value_table(const Packed& w) {
   return found->second.data();
 }
 
-static float decode_scale(const Packed& w, int64_t index) {
-  if (w.scale_kind == ScaleKind::e8m0) {
-    const uint32_t byte = w.scale[index];
-    return as_float(byte ? byte << 23 : 1u << 22);  // byte 0 is 2^-127
-  }
-  if (w.scale_kind == ScaleKind::bf16) return as_float(uint32_t(((const uint16_t*)w.scale)[index]) << 16);
-  const int byte = w.scale[index];  // E4M3, positive
-  const float value = byte >= 8 ? as_float((uint32_t(byte) << 20) + (120u << 23)) : std::ldexp(float(byte), -9);
-  return value * w.per_tensor;
+static const float* e4m3_table() {
+  static const std::array<float, 256> table = [] {
+    std::array<float, 256> t{};
+    const Packed e4m3{nullptr, nullptr, nullptr, 1.0f, 8, 3, 7};
+    for (int code = 0; code < 256; code++) t[code] = code_value(e4m3, code);
+    return t;
+  }();
+  return table.data();
 }
 
-CLONES void row_scales(const Packed& w, int64_t row, float* out) {
-  const int64_t step = scale_step(w), count = supers(w.num_columns) * (kSuper / step);
+// The stored scales of one row as float32, one per block.
+CLONES static void block_scales(const Packed& w, int64_t row, float* out) {
   const int64_t base = row * w.num_blocks;
   if (w.scale_kind == ScaleKind::e8m0) {
+    const uint8_t* from = w.scale + base;
     for (int64_t b = 0; b < w.num_blocks; b++) {
-      const uint32_t bits = uint32_t(w.scale[base + b]) << 23;
-      out[b] = as_float(bits > (1u << 22) ? bits : 1u << 22);
+      const uint32_t bits = uint32_t(from[b]) << 23;
+      out[b] = as_float(bits > (1u << 22) ? bits : 1u << 22);  // byte 0 is 2^-127
     }
-    for (int64_t i = w.num_blocks; i < count; i++) out[i] = 0.0f;
+  } else if (w.scale_kind == ScaleKind::bf16) {
+    const uint16_t* from = (const uint16_t*)w.scale + base;
+    for (int64_t b = 0; b < w.num_blocks; b++) out[b] = as_float(uint32_t(from[b]) << 16);
+  } else {
+    const uint8_t* from = w.scale + base;
+    const float* table = e4m3_table();
+    for (int64_t b = 0; b < w.num_blocks; b++) out[b] = table[from[b]] * w.per_tensor;
+  }
+}
+
+template <int TIMES> static void repeat(float* values, int64_t count) {  // in place, from the back
+  for (int64_t i = count - 1; i >= 0; i--) {
+    const float value = values[i];
+    for (int j = 0; j < TIMES; j++) values[TIMES * i + j] = value;
+  }
+}
+
+void row_scales(const Packed& w, int64_t row, float* out) {
+  const int64_t step = scale_step(w), count = supers(w.num_columns) * (kSuper / step);
+  block_scales(w, row, out);
+  int64_t filled = w.num_blocks;
+  if (w.num_blocks == 1) {
+    for (; filled < count; filled++) out[filled] = out[0];
     return;
   }
-  const int64_t per_block = w.num_blocks == 1 ? count : w.block / step;
-  for (int64_t b = 0, i = 0; b < w.num_blocks; b++) {
-    const float scale = decode_scale(w, base + b);
-    for (int64_t end = i + per_block; i < end && i < count; i++) out[i] = scale;
-  }
-  for (int64_t i = w.num_blocks * per_block; i < count; i++) out[i] = 0.0f;
+  if (w.block == 2 * step) repeat<2>(out, filled), filled *= 2;
+  if (w.block == 4 * step) repeat<4>(out, filled), filled *= 4;
+  for (; filled < count; filled++) out[filled] = 0.0f;
 }
 
 // ---- portable ------------------------------------------------------------------------------------
 
 // 64 codes, one a byte, in decoder order: first halves of slabs as the vector kernels see them.
-template <int BITS> static inline void unpack_super(const Packed& w, const uint8_t* row, int64_t s, uint8_t* code) {
+template <int BITS> static INLINE void unpack_super(const Packed& w, const uint8_t* row, int64_t s, uint8_t* code) {
   auto at = [](int quarter) { return quarter == 1 ? 2 : quarter == 2 ? 1 : quarter; };  // decoder order
   for (int quarter = 0; quarter < 4; quarter++) {
     uint8_t* out = code + 16 * at(quarter);
@@ -97,7 +113,7 @@ template <int BITS> static inline void unpack_super(const Packed& w, const uint8
 }
 
 // Arithmetic on bits, which compilers vectorise, where a table would be a gather.
-static inline void values_of(const Packed& w, const uint8_t* code, float* value) {
+static INLINE void values_of(const Packed& w, const uint8_t* code, float* value) {
   if (w.mantissa_bits == 0) {
     const float offset = w.zero ? 0.0f : float(1 << (w.bits - 1));
     for (int j = 0; j < kSuper; j++) value[j] = float(code[j]) - offset;
@@ -113,14 +129,14 @@ static inline void values_of(const Packed& w, const uint8_t* code, float* value)
   }
 }
 
-template <int BITS> static inline void decode_super(const Packed& w, const uint8_t* row, int64_t s, float* value) {
+template <int BITS> static INLINE void decode_super(const Packed& w, const uint8_t* row, int64_t s, float* value) {
   alignas(64) uint8_t code[kSuper];
   unpack_super<BITS>(w, row, s, code);
   values_of(w, code, value);
 }
 
 template <int BITS>
-static inline void rows_portable(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+static INLINE void rows_portable(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
   const int64_t num_supers = supers(w.num_columns), step = scale_step(w), per_super = kSuper / step;
   std::vector<float> scales(num_supers * per_super), values(num_supers * kSuper);
   for (int64_t n = n0; n < n1; n++) {
@@ -166,12 +182,17 @@ bool has_avx512_bf16() {
 }
 
 // An asymmetric weight is (code - zero) * scale: the zeros are taken off through the blocks' sums of x.
-static void subtract_zeros(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
-  for (int64_t n = n0; n < n1; n++)
-    for (int64_t b = 0; b < w.num_blocks; b++) {
-      const float shift = decode_scale(w, n * w.num_blocks + b) * float(w.zero[n * w.num_blocks + b]);
-      for (int64_t m = 0; m < x.num_rows; m++) y[m * ldy + n] -= shift * x.block_sums[m * w.num_blocks + b];
+CLONES static void subtract_zeros(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+  std::vector<float> shift(w.num_blocks);
+  for (int64_t n = n0; n < n1; n++) {
+    block_scales(w, n, shift.data());
+    for (int64_t b = 0; b < w.num_blocks; b++) shift[b] *= float(w.zero[n * w.num_blocks + b]);
+    for (int64_t m = 0; m < x.num_rows; m++) {
+      float sum = 0;
+      for (int64_t b = 0; b < w.num_blocks; b++) sum += shift[b] * x.block_sums[m * w.num_blocks + b];
+      y[m * ldy + n] -= sum;
     }
+  }
 }
 
 void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {

@@ -9,6 +9,12 @@
 #include <cstdint>
 #include <vector>
 
+#if defined(__x86_64__)  // the loader picks the clone for the processor at hand
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
 enum class ScaleKind : int64_t { e8m0 = 0, bf16 = 1, e4m3 = 2 };
 
 struct Packed {
@@ -23,11 +29,14 @@ struct Packed {
   int64_t padded() const { return row_bytes * 8 / bits; }
 };
 
+// Inlined into each processor's clone of its caller, so that it is compiled for that processor too.
+#define INLINE __attribute__((always_inline)) inline
+
 constexpr int64_t kSuper = 64;
 inline int64_t supers(int64_t columns) { return (columns + kSuper - 1) / kSuper; }
 
-inline float as_float(uint32_t bits) { float f; __builtin_memcpy(&f, &bits, 4); return f; }
-inline uint32_t as_bits(float f) { uint32_t bits; __builtin_memcpy(&bits, &f, 4); return bits; }
+INLINE float as_float(uint32_t bits) { float f; __builtin_memcpy(&f, &bits, 4); return f; }
+INLINE uint32_t as_bits(float f) { uint32_t bits; __builtin_memcpy(&bits, &f, 4); return bits; }
 inline uint16_t to_bf16(float f) {  // nearest even; never called with NaN
   uint32_t bits = as_bits(f);
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);

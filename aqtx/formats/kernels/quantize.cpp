@@ -5,20 +5,14 @@
 // makes vectors of them for each kind of processor.
 #include "packed.h"
 
-#if defined(__x86_64__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
 constexpr int kBlock = 32;
 
 // The dtypes' bits as float32 bits.
-static inline uint32_t widen(const float* p, int j) { return as_bits(p[j]); }
-static inline uint32_t widen(const uint16_t* p, int j) { return uint32_t(p[j]) << 16; }
-static inline uint32_t widen(const _Float16* p, int j) { return as_bits(float(p[j])); }
+static INLINE uint32_t widen(const float* p, int j) { return as_bits(p[j]); }
+static INLINE uint32_t widen(const uint16_t* p, int j) { return uint32_t(p[j]) << 16; }
+static INLINE uint32_t widen(const _Float16* p, int j) { return as_bits(float(p[j])); }
 
-static inline int exponent_byte(uint32_t amax, const MxTask& t) {
+static INLINE int exponent_byte(uint32_t amax, const MxTask& t) {
   const int max_exponent = int((as_bits(t.largest) >> 23)) - 127;
   int byte;
   if (t.rule == 2) {
@@ -33,12 +27,12 @@ static inline int exponent_byte(uint32_t amax, const MxTask& t) {
 
 // v / 2^(byte - 127): two exact multiplications, since the factor alone may be out of range.
 struct Factor { float first, second; };
-static inline Factor factor_of(int byte) {
+static INLINE Factor factor_of(int byte) {
   const int power = 127 - byte, half = power / 2;
   return {as_float(uint32_t(127 + half) << 23), as_float(uint32_t(127 + power - half) << 23)};
 }
 
-template <typename T> static inline uint8_t block_codes(const T* from, const MxTask& t, uint8_t* code) {
+template <typename T> static INLINE uint8_t block_codes(const T* from, const MxTask& t, uint8_t* code) {
   alignas(64) uint32_t bits[kBlock];
   uint32_t amax = 0;
   for (int j = 0; j < kBlock; j++) bits[j] = widen(from, j);
@@ -65,7 +59,7 @@ template <typename T> static inline uint8_t block_codes(const T* from, const MxT
 }
 
 // Codes of a row, one a byte, into split planes; `code` is zero-padded to whole slabs.
-static inline void pack_row(const uint8_t* code, const MxTask& t, uint8_t* row) {
+static INLINE void pack_row(const uint8_t* code, const MxTask& t, uint8_t* row) {
   const int64_t padded = t.row_bytes * 8 / t.bits;
   if (t.bits == 8) {
     for (int64_t k = 0; k < padded; k++) row[k] = code[k];
@@ -83,7 +77,7 @@ static inline void pack_row(const uint8_t* code, const MxTask& t, uint8_t* row) 
       }
 }
 
-template <typename T> static inline void quantize_rows(const MxTask& t, int64_t n0, int64_t n1) {
+template <typename T> static INLINE void quantize_rows(const MxTask& t, int64_t n0, int64_t n1) {
   const int64_t whole = t.num_columns / kBlock, num_blocks = (t.num_columns + kBlock - 1) / kBlock;
   std::vector<uint8_t> codes(t.row_bytes * 8 / t.bits + kBlock, 0);
   for (int64_t n = n0; n < n1; n++) {

@@ -1,0 +1,85 @@
+"""`aqtx eval`: perplexity and tasks of one or several models, side by side."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aqtx.commands import Command
+from aqtx.commands.summary import format_interval
+from aqtx.commands.tables import format_table
+
+if TYPE_CHECKING:
+    from aqtx.evaluate.arms import EvalResults
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The models and what to measure on them."""
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a folder, shipped name or hub name, NAME=MODEL to name it; others are compared with the first",
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="also the last model rounded to nearest under this plan"
+    )
+    parser.add_argument(
+        "--perplexity", default="builtin", metavar="TEXT", help="text source, or none (default: builtin)"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="take about N tokens of the text (default: all)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens that the model is given at a time")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
+    parser.add_argument("--tasks", default="", metavar="a,b", help="lm-eval tasks")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task definitions")
+    parser.add_argument("--limit", type=int, metavar="N", help="items per task (default: all)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the intervals (default: 0)")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="write eval.json, eval.md and a log of every item here")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print the table, and write the logs where asked."""
+    from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
+    from aqtx.registry import Context
+
+    settings = EvalSettings(
+        perplexity=None if arguments.perplexity == "none" else arguments.perplexity,
+        max_tokens=arguments.max_tokens,
+        window=arguments.window,
+        batch_size=arguments.batch_size,
+        tasks=tuple(filter(None, arguments.tasks.split(","))),
+        include_path=arguments.include_path,
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
+        seed=arguments.seed,
+    )
+    results = evaluate_arms(open_arms(arguments.models, arguments.plan), settings, progress=Context().progress)
+    print(result_table(results))
+    if arguments.to is not None:
+        results.write(arguments.to)
+        print(f"\n{arguments.to}")
+    return 0
+
+
+def result_table(results: "EvalResults") -> str:
+    """A row per measure and model, with the paired difference to the first model."""
+    data = results.to_json()
+    rows = []
+    for name, entry in data["perplexity"].items():
+        change = f"{format_interval(entry['change'], '+.4f')} nats per token" if entry["change"] else ""
+        rows.append(["perplexity", name, format_interval(entry["value"]), change])
+    for task, entry in data["tasks"].items():
+        for name, arm in entry["arms"].items():
+            difference = format_interval(arm["difference"], "+.4f") if arm["difference"] else ""
+            label = f"{task} {entry['metric']} ({entry['num_items']} items)"
+            rows.append([label, name, format_interval(arm["value"], ".4f"), difference])
+    return format_table(["measure", "model", "value [95 %]", "difference to the first [95 %]"], rows)
+
+
+COMMAND = Command(
+    name="eval",
+    summary="measure perplexity and lm-eval tasks of one or several models, quantized or not",
+    example="aqtx eval tinymoe out/quickstart --max-tokens 20000 --to out/eval",
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,70 @@
+"""`fuse_hadamard`: move rotations from the inputs of linears into the weights before them."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import fx
+
+from aqtx.fusion import Fusion, fuse_heads, fuse_stream
+from aqtx.program import Program, Site
+from aqtx.registry import Changes, Context, Pass, Refusal, register
+from aqtx.residual import residual_stream
+from aqtx.rotation import check_plain, input_rotation
+from aqtx.rowwise import Unproven, is_hadamard, weight_name
+
+
+@register("fuse_hadamard")
+@dataclass(frozen=True, kw_only=True)
+class FuseHadamard(Pass):
+    """Fuse what can be proven to commute; what cannot stays one node, with the reason.
+
+    The residual stream (R1), when all its readers are rotated alike and the norms have no gains:
+        embedding, writers -> stream -> norm -> hadamard -> readers
+        becomes            embedding Q, Q^T writers -> stream -> norm -> readers
+    A head's values (R2):  v -> attention -> hadamard -> o        becomes        Q^T v -> attention -> o
+    """
+
+    exact = True
+
+    def find(self, program: Program) -> list[Site]:
+        """The sites whose inputs are rotated by a node."""
+        return [site for site in program.sites() if input_rotation(site.node) is not None]
+
+    def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
+        """Prove all, then fuse."""
+        changes, rotated = Changes(), list(dict.fromkeys(site.node for site in sites))
+        fusions, reasons = _plan(program, rotated)
+        check_plain(program, {name for fusion in fusions for name in fusion.changes})
+        for fusion in fusions:
+            fusion.carry_out(program)
+            changes.changed += fusion.readers
+        left = [node for node in program.graph.nodes if is_hadamard(node)]
+        for node in rotated:
+            if input_rotation(node) is not None:
+                changes.refused.append(Refusal(f"hadamard before {weight_name(node)}", f"stays a node: {reasons[node]}"))
+        fused = Counter({kind: 0 for kind in ("residual", "heads")})
+        for fusion in fusions:
+            fused[fusion.kind] += len(fusion.readers)
+        changes.details = {"fused": dict(fused), "online_nodes": len(left)}
+        return changes
+
+
+def _plan(program: Program, rotated: list[fx.Node]) -> tuple[list[Fusion], dict[fx.Node, str]]:
+    """What can be fused, and why the rest cannot, by linear."""
+    fusions: list[Fusion] = []
+    reasons: dict[fx.Node, str] = {}
+    on_stream: set[fx.Node] = set()
+    try:
+        stream = residual_stream(program.graph)
+        on_stream = set(stream.readers) & set(rotated)
+        if on_stream:
+            fusions.append(fuse_stream(program, stream))
+    except Unproven as reason:
+        reasons.update(dict.fromkeys(rotated, str(reason)))
+    for node in rotated:
+        if node not in on_stream:
+            try:
+                fusions.append(fuse_heads(program, node))
+            except Unproven as reason:
+                reasons[node] = str(reason)
+    return fusions, reasons
