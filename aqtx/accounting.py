@@ -19,9 +19,7 @@ def stored_bytes(program: Program) -> int:
 def original_bytes(program: Program) -> int:
     """Bytes of the model before any pass, in the dtype of its graphs."""
     tied = program.weights.tied
-    return sum(
-        spec.numel * spec.dtype.itemsize for name, spec in program.weights.specs.items() if name not in tied
-    )
+    return sum(spec.numel * spec.dtype.itemsize for name, spec in program.weights.specs.items() if name not in tied)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     export.COMMAND,
     generate.COMMAND,
-    export.COMMAND,
     ls.COMMAND,
 )
 

@@ -91,5 +91,7 @@ class CodeStore(MutableMapping[str, "QuantizedTensor"]):
         for site, (name, format_name, shape, digest) in told.items():
             file = folder / name
             if not file.exists() or sha256(file) != digest:
-                raise InputError(f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite")
+                raise InputError(
+                    f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
+                )
             self._codes[site] = Spilled(file, format_name, tuple(shape), digest)

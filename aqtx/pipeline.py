@@ -58,7 +58,9 @@ class Run:
     def _require(self, step: Pass, place: int) -> None:
         missing = [name for name in step.requires if name not in self.program.history]
         if missing:
-            raise InputError(f"passes.{place}.{step.name}: needs `{missing[0]}` before it; add `- {missing[0]}` to the passes")
+            raise InputError(
+                f"passes.{place}.{step.name}: needs `{missing[0]}` before it; add `- {missing[0]}` to the passes"
+            )
 
     def _run_pass(self, step: Pass, place: int) -> PassRow:
         probe = probe_batch(self.program, self.context.seed) if step.exact else None

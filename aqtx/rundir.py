@@ -31,9 +31,13 @@ class RunDirectory:
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file; name a folder")
         if self.output.exists() and any(self.output.iterdir()) and not (overwrite or resume):
-            raise InputError(f"output {self.output} holds files already; pass --overwrite to replace it or choose another output")
+            raise InputError(
+                f"output {self.output} holds files already; pass --overwrite to replace it or choose another output"
+            )
         if self.staging.exists() and not (overwrite or resume):
-            raise InputError(f"output {self.output} has an unfinished run beside it ({self.staging.name}); pass --resume or --overwrite")
+            raise InputError(
+                f"output {self.output} has an unfinished run beside it ({self.staging.name}); pass --resume or --overwrite"
+            )
 
     @property
     def complete(self) -> bool:

@@ -150,7 +150,9 @@ class _Runner:
 
     def _write_report(self, data: dict[str, Any]) -> Report:
         staging = self.directory.staging
-        (staging / "recipe.yaml").write_text(yaml.safe_dump({**data["settings"], "versions": data["versions"]}, sort_keys=False))
+        (staging / "recipe.yaml").write_text(
+            yaml.safe_dump({**data["settings"], "versions": data["versions"]}, sort_keys=False)
+        )
         (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
         if self.recipe.report:
             from aqtx.report import write_report

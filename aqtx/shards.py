@@ -1,47 +1,92 @@
-"""Write tensors as a sharded safetensors model with an index, byte for byte reproducible."""
+"""Write tensors as a sharded safetensors model with an index: streamed, and byte for byte reproducible.
+
+The format (https://github.com/huggingface/safetensors, "Format"): eight bytes of header length, a JSON
+header, then the tensors without gaps. The header must know every offset, and the library therefore wants
+all tensors of a file at once; here they are appended to one scratch file per element size as they come,
+so that memory holds one tensor, and put behind the header when the shard is full. Larger elements come
+first, which keeps every tensor aligned.
+"""
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-MAX_SHARD_BYTES = 1_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
+_HEADER_ALIGNMENT = 8
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
-    """Write (key, tensor) pairs into `model-*.safetensors` and `model.safetensors.index.json`.
-
-    A shard is written as soon as it is full, so that memory holds one shard at most.
-    """
-    shard: dict[str, Tensor] = {}
+    """Write (key, tensor) pairs into `model-*.safetensors` and `model.safetensors.index.json`."""
+    staged: list[Path] = []
     places: dict[str, int] = {}
-    number = size = total = 0
+    shard, total = _Shard(directory), 0
     for key, tensor in tensors:
-        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
-            number, size = _flush(shard, directory, number), 0
-        shard[key] = tensor.detach().contiguous().cpu()
-        places[key] = number
-        size += tensor.nbytes
+        if shard.num_bytes and shard.num_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            staged.append(shard.finish(directory / f"shard-{len(staged)}"))
+            shard = _Shard(directory)
+        shard.append(key, tensor.detach())
+        places[key] = len(staged)
         total += tensor.nbytes
-    count = _flush(shard, directory, number)
-    names = [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
-    for index, name in enumerate(names):
-        _staged(directory, index).rename(directory / name)
-    index_json = {"metadata": {"total_size": total}, "weight_map": {key: names[at] for key, at in places.items()}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1, sort_keys=True) + "\n")
+    staged.append(shard.finish(directory / f"shard-{len(staged)}"))
+    names = [f"model-{index + 1:05d}-of-{len(staged):05d}.safetensors" for index in range(len(staged))]
+    for file, name in zip(staged, names, strict=True):
+        file.rename(directory / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {key: names[at] for key, at in places.items()}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
-def _staged(directory: Path, number: int) -> Path:
-    return directory / f"shard-{number}.safetensors"
+class _Shard:
+    """One file in the making."""
 
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.num_bytes = 0
+        self._entries: dict[int, list[tuple[str, Tensor]]] = {}  # by element size; tensors on meta
 
-def _flush(shard: dict[str, Tensor], directory: Path, number: int) -> int:
-    save_file(shard, _staged(directory, number), metadata={"format": "pt"})
-    shard.clear()
-    return number + 1
+    def _scratch(self, size: int) -> Path:
+        return self.directory / f"elements-{size}.scratch"
+
+    def append(self, key: str, tensor: Tensor) -> None:
+        """Write a tensor's bytes and remember its place."""
+        size = tensor.element_size()
+        with self._scratch(size).open("ab" if size in self._entries else "wb") as stream:
+            tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().tofile(stream)
+        self._entries.setdefault(size, []).append((key, tensor.to("meta")))
+        self.num_bytes += tensor.nbytes
+
+    def finish(self, file: Path) -> Path:
+        """Header and data in one file; the scratch files go."""
+        sizes = sorted(self._entries, reverse=True)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for key, tensor in (entry for size in sizes for entry in self._entries[size]):
+            offsets = [at, at + tensor.nbytes]
+            header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            at += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for size in sizes:
+                with self._scratch(size).open("rb") as data:
+                    shutil.copyfileobj(data, stream, 1 << 20)
+                self._scratch(size).unlink()
+        return file
 
 
 def sha256(file: Path) -> str:

@@ -49,7 +49,9 @@ def restore_state(program: Program, folder: Path) -> list[dict[str, Any]]:
     state = json.loads((folder / _STATE).read_text())
     file = folder / state["weights"]["file"]
     if not file.exists() or sha256(file) != state["weights"]["sha256"]:
-        raise InputError(f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite")
+        raise InputError(
+            f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
+        )
     for edit in state["edits"]:
         program.edit(edit)
     program.history.extend(state["history"])

@@ -87,7 +87,9 @@ def test_codes_that_were_not_emitted_are_not_saved(tmp_path):
 def test_emit_names_a_planned_site_without_codes(tmp_path):
     program = aqtx.trace(write_checkpoint(tmp_path / "source"))
     program.sites()[0].set("format", "int8")
-    with pytest.raises(InputError, match=r"passes\.0\.emit: 1 planned sites have no codes yet, first .*q_proj \(int8\)"):
+    with pytest.raises(
+        InputError, match=r"passes\.0\.emit: 1 planned sites have no codes yet, first .*q_proj \(int8\)"
+    ):
         Run(program, Context()).execute([Emit()])
 
 

@@ -201,7 +201,7 @@ def test_groups_share_a_format(annotated: Program, groups: tuple[str, ...]) -> N
     plan = planned(annotated, average_bits=5.6, keep=("router", "lm_head"), groups=groups)
     shared: dict[tuple[str, ...], set[str | None]] = {}
     for name, entry in plan.planned.items():
-        *_, layer, part = ["", *name.split(".")[2:3]] + [name]
+        layer, part = name.partition(".layers.")[2][:1], name
         if groups[0].startswith("re:"):
             shared.setdefault((layer,), set()).add(entry.format)
         if "experts" in groups or "vllm" in groups:

@@ -89,7 +89,9 @@ def test_damaged_resume_data_is_named(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     run_pass = Run._run_pass
-    monkeypatch.setattr(Run, "_run_pass", lambda run, step, at: run_pass(run, step, at) if at < 3 else stop(run, step, at))
+    monkeypatch.setattr(
+        Run, "_run_pass", lambda run, step, at: run_pass(run, step, at) if at < 3 else stop(run, step, at)
+    )
     with pytest.raises(KeyboardInterrupt):
         aqtx.apply(RECIPE, output=str(output))
     monkeypatch.setattr(Run, "_run_pass", run_pass)

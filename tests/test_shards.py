@@ -30,3 +30,21 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
         shards.write_shards(tensors(), tmp_path / name)
     digests = [[shards.sha256(path) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")]
     assert digests[0] == digests[1]
+
+
+def test_tensors_of_all_kinds_stay_aligned_and_equal(tmp_path):
+    mixed = {
+        "odd.qdata": torch.arange(7, dtype=torch.uint8),
+        "half.scale": torch.randn(3, 5).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "strided": torch.randn(6, 4).t(),
+        "ids": torch.arange(3),
+    }
+    shards.write_shards(mixed.items(), tmp_path)
+    with safe_open(tmp_path / "model-00001-of-00001.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        for key, value in mixed.items():
+            found = file.get_tensor(key)
+            assert found.dtype == value.dtype
+            assert torch.equal(found, value)
+    assert not list(tmp_path.glob("*.scratch"))

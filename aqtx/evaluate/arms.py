@@ -110,7 +110,7 @@ def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dty
         from aqtx.pipeline import run
 
         planned = open_program(sources[-1].rpartition("=")[2], dtype)
-        steps = [AssignPlan(method="manual", file=str(plan)), Quantize(), Emit()]
+        steps = [AssignPlan(method="manual", plan=str(plan)), Quantize(), Emit()]
         arms[_free(plan.stem, arms)] = run(planned, steps)
     return arms
 

@@ -53,7 +53,7 @@ def heat_map(axes: Axes, grid: np.ndarray, *, limits: tuple[float, float] | None
         low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap=cmap)
     for axis, count in ((axes.yaxis, grid.shape[0]), (axes.xaxis, grid.shape[1])):
-        axis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=min(9, count), integer=True))
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=min(5, count), integer=True))
     return image
 
 

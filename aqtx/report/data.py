@@ -45,7 +45,7 @@ class RunData:
         """An entry of report.json, or Absent."""
         value = self.report.get(key)
         if value in (None, {}, []):
-            raise Absent(f"report.json holds no {what}.")
+            raise Absent(f"this run has no {what}.")
         return value
 
     def details(self, pass_name: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _merge(data: RunData, rows: Iterable[dict[str, Any]]) -> None:
             continue
         site = data.sites.setdefault(name, _named(name))
         site.update({key: value for key, value in row.items() if value is not None})
-        if "bits" not in site and is_number(site.get("bytes")) and is_number(site.get("numel")):
+        if site.get("format") and is_number(site.get("bytes")) and is_number(site.get("numel")):
             site["bits"] = 8 * site["bytes"] / site["numel"]
 
 

@@ -34,7 +34,12 @@ PARTS = (
         {"perplexity_change": (figures_outcome.domain_change, "Paired change by domain; right of zero is worse.")},
     ),
     _Part("tasks", "Tasks", sections.tasks, {}),
-    _Part("plan", "Plan", sections.plan, {"map_bits": (layer_map("bits", "bits per weight"), "Bits chosen.")}),
+    _Part(
+        "plan",
+        "Plan",
+        sections.plan,
+        {"map_bits": (layer_map("bits", "bits per weight"), "Bits chosen; kept matrices are left out.")},
+    ),
     _Part(
         "alpha",
         "Alpha",

@@ -199,7 +199,7 @@ template <int KIND, int STEP>
 TARGET void rows_stepped(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
   const Decoder<KIND> d(w);
   const int64_t per_row = supers(w.num_columns) * (kSuper / STEP);
-  std::vector<float> scales(2 * per_row + 4);
+  std::vector<float> scales(2 * per_row + kSlack);
   for (int64_t n = n0; n < n1; n += 2) {
     const bool both = n + 2 <= n1;
     row_scales(w, n, scales.data());
@@ -220,7 +220,7 @@ TARGET void dequantize_avx512(
     const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
   const Decoder<KIND> d(w);
   const int64_t num_supers = supers(w.num_columns), whole = w.padded() / kSuper, step = scale_step(w);
-  std::vector<float> scales(num_supers * (kSuper / step));
+  std::vector<float> scales(num_supers * (kSuper / step) + kSlack);
   alignas(64) uint16_t last[kSuper];
   for (int64_t n = n0; n < n1; n++) {
     const uint8_t* row = w.codes + n * w.row_bytes;

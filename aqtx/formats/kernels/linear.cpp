@@ -138,7 +138,7 @@ template <int BITS> static INLINE void decode_super(const Packed& w, const uint8
 template <int BITS>
 static INLINE void rows_portable(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
   const int64_t num_supers = supers(w.num_columns), step = scale_step(w), per_super = kSuper / step;
-  std::vector<float> scales(num_supers * per_super), values(num_supers * kSuper);
+  std::vector<float> scales(num_supers * per_super + kSlack), values(num_supers * kSuper);
   for (int64_t n = n0; n < n1; n++) {
     row_scales(w, n, scales.data());
     for (int64_t s = 0; s < num_supers; s++) {

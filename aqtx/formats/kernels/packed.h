@@ -46,6 +46,7 @@ inline uint16_t to_bf16(float f) {  // nearest even; never called with NaN
 const uint16_t* value_table(const Packed& w);
 // float32 scales of one row, one per 32 elements (per 16 for blocks of 16), zero-padded to whole supers.
 void row_scales(const Packed& w, int64_t row, float* out);
+constexpr int64_t kSlack = 8;  // floats that a ragged last block may write past the supers
 inline int64_t scale_step(const Packed& w) { return w.block == 16 ? 16 : 32; }
 
 // y[m, n0..n1) = sum_k x[m, k] w[n, k]. `x` holds `columns` = supers(K) * 64 values a row, zero-padded, in decoder order.

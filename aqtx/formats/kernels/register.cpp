@@ -97,7 +97,7 @@ Tensor dequantized(const Packed& w, int64_t N, const at::TensorOptions& options)
 }
 
 // Few rows: one fused pass over the packed weight. Many: dequantize to bf16 and multiply.
-constexpr int64_t kFewRows = 12;
+constexpr int64_t kFewRows = 40;
 
 Tensor product(const Tensor& x, const Packed& w, int64_t N) {
   if (x.size(0) <= kFewRows || x.scalar_type() != at::kBFloat16 || !has_avx512_bf16()) return few_rows(x, w, N);

@@ -1,0 +1,160 @@
+"""Rotating passes keep the function in float64, on every architecture and entry, and survive saving."""
+
+import json
+
+import pytest
+import torch
+
+import aqtx
+from aqtx.pipeline import Run
+from aqtx.program import Program
+from aqtx.registry import Context, build
+from aqtx.rotation_op import OP
+from aqtx.state import restore_state, save_state
+from aqtx.verify import compare, probe_batch, probe_outputs
+from tests.tiny import OLMOE, random_model
+
+SMALL = OLMOE | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 96}
+ARCHITECTURES = {
+    "olmoe": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96},
+    "deepseek": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+}
+FUSED = (  # R1, R2, then an online block before down_proj
+    ("fold_norms", {}),
+    ("insert_hadamard", {"before": ["residual"], "block": "full"}),
+    ("insert_hadamard", {"before": ["attn_o"], "block": "head"}),
+    ("insert_hadamard", {"before": ["mlp_down", "*.shared_expert*.down_proj"], "block": 16}),
+    ("fuse_hadamard", {}),
+)
+
+
+def tiny(model_type: str = "olmoe", dtype: torch.dtype = torch.bfloat16, **own: object) -> Program:
+    config = SMALL | {"model_type": model_type} | ARCHITECTURES[model_type] | own
+    model = random_model(config, dtype=dtype)
+    model.hf_config = config
+    return aqtx.trace(model)
+
+
+def rotated(program: Program, steps=FUSED, seed: int = 3) -> Run:
+    passes = [build(name, fields, name)[0] for name, fields in steps]
+    run = Run(program, Context(seed=seed, quiet=True))
+    run.execute(passes)
+    return run
+
+
+def rotations(program: Program) -> list[str]:
+    return [node.name for node in program.graph.nodes if node.target is OP]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_function_is_kept_to_float64_rounding(model_type):
+    program = tiny(model_type)
+    ids = probe_batch(program, 7)
+    before = probe_outputs(program, ids)
+    run = rotated(program)
+    found = compare(before, probe_outputs(program, ids), depth=30)
+    assert max(found.largest, found.router) < 1e-10 and found.rerouted == 0
+    assert all(row.max_difference < row.tolerance < 1e-10 for row in run.rows)
+    assert all(torch.equal(one, other) for one, other in zip(before.chosen, probe_outputs(program, ids).chosen))
+    layers = SMALL["num_hidden_layers"]
+    assert run.rows[-1].changes.details["fused"]["heads"] == layers
+    assert len(rotations(program)) == layers * (1 + (model_type == "qwen2_moe")) + (model_type == "deepseek") * 1
+
+
+def test_function_is_kept_in_float32_too():
+    program = tiny(dtype=torch.float32)
+    ids = probe_batch(program, 7)
+    before = probe_outputs(program, ids, torch.float32)
+    rotated(program)
+    found = compare(before, probe_outputs(program, ids, torch.float32), depth=30, dtype=torch.float32)
+    assert found.largest < found.tolerance and found.rerouted == 0
+
+
+def test_weights_are_rounded_once_however_often_they_changed():
+    """Folding and two rotations in float64, then one rounding: at most half a unit in the last place from exact."""
+    program = tiny()
+    rotated(program)
+    for site in program.sites():
+        exact = program.weights.precise(site.weight, site.expert, dtype=torch.float64)
+        stored = program.weights.matrix(site.weight, site.expert)
+        assert torch.equal(stored, exact.to(torch.bfloat16)), site.name
+        assert torch.equal(program.read(site), exact.float()), site.name
+
+
+def generated(program: Program, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the step entry: a prompt, then token by token."""
+    layers, heads = SMALL["num_hidden_layers"], SMALL["num_key_value_heads"]
+    size = SMALL["hidden_size"] // SMALL["num_attention_heads"]
+    cache = [torch.zeros(len(ids), heads, 32, size, dtype=program.dtype) for _ in range(2 * layers)]
+    step, start = program.module("step"), torch.zeros(len(ids), dtype=torch.long)
+    with torch.no_grad():
+        parts = [step(ids[:, :5], torch.arange(5), start, cache)]
+        parts += [step(ids[:, at : at + 1], torch.tensor([at]), start, cache) for at in range(5, ids.shape[1])]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("traced_first", [True, False])
+def test_generation_entry_computes_the_same(traced_first):
+    """The step graph replays the edits, whether it was traced before or after them; its cache holds rotated values."""
+    program = tiny(dtype=torch.float32)
+    ids = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(1))
+    before = program.module()(ids)
+    if traced_first:
+        program.entry("step")
+    rotated(program)
+    assert (generated(program, ids) - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_saved_and_loaded_bit_for_bit_with_the_nodes_that_stay(tmp_path):
+    program = tiny("llama")
+    rotated(program)
+    ids = torch.randint(0, 96, (2, 9))
+    expected = program.module()(ids)
+    aqtx.save(program, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    loaded = aqtx.load(tmp_path / "out")
+    assert torch.equal(loaded.module()(ids), expected)
+    assert rotations(loaded) == rotations(program) != []
+
+
+def test_resumed_program_has_the_same_weights(tmp_path):
+    program = tiny("llama")
+    rotated(program, FUSED[:3])
+    save_state(program, [], tmp_path)
+    fresh = tiny("llama")
+    restore_state(fresh, tmp_path)
+    for one in (program, fresh):
+        rotated(one, FUSED[3:])
+    names = program.weights.names()
+    assert fresh.weights.names() == names
+    assert all(torch.equal(fresh.weights.get(name), program.weights.get(name)) for name in names)
+
+
+def test_rotation_stands_before_the_quantization_of_activations():
+    program = tiny()
+    weight = "model.layers.0.mlp.experts.down_proj"
+    program.edit({"edit": "quantize_activation", "weight": weight, "formats": ["mxfp4"]})
+    program.edit({"edit": "hadamard", "weight": weight, "block": 32, "seed": 0})
+    [node] = [site.node for site in program.sites() if site.weight == weight and site.expert == 0]
+    quantized = node.args[0]
+    assert quantized.target is torch.ops.aqtx.quantize_activation.default
+    assert quantized.args[0].target is OP and quantized.args[0].args[0].target is torch.ops.aten.mul.Tensor
+
+
+def test_compiles_without_a_graph_break_to_the_same_function():
+    program = tiny("llama", dtype=torch.float32, num_hidden_layers=1, tie_word_embeddings=False)
+    rotated(program, [FUSED[3]])
+    module = program.module()
+    ids = torch.randint(0, 96, (2, 9))
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, dynamic=True)(ids)
+        assert (compiled - module(ids)).abs().max() < 1e-5 * compiled.abs().max()
