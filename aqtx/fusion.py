@@ -1,6 +1,7 @@
 """Rotations that move into weights: what must be changed for one to vanish from the graph."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -28,12 +29,9 @@ class Fusion:
         if bias is not None:
             self.changes[bias] = Rotate(rotation.block, rotation.seed, outputs=True)
 
-    def carry_out(self, program: Program) -> None:
-        """Change the weights and remove the nodes."""
-        for name, change in self.changes.items():
-            program.weights.change(name, change)
-        for reader in self.readers:
-            program.edit({"edit": "remove_hadamard", "weight": reader})
+    def edits(self) -> list[dict[str, Any]]:
+        """What removes the nodes once the weights are changed."""
+        return [{"edit": "remove_hadamard", "weight": reader} for reader in self.readers]
 
 
 def fuse_stream(program: Program, stream: Stream) -> Fusion:

@@ -105,14 +105,15 @@ class Program:
             replay(self.entries[name], self.edits)
         return self.entries[name]
 
-    def edit(self, edit: dict[str, Any]) -> None:
-        """Make one structural edit on every entry and remember it."""
+    def edit(self, *edits: dict[str, Any]) -> None:
+        """Make structural edits on every entry and remember them; many in one call compile the graphs once."""
         from aqtx.structure import prepare, replay
 
-        prepare(self, edit)
+        for edit in edits:
+            prepare(self, edit)
         for graph_module in self.entries.values():
-            replay(graph_module, [edit])
-        self.edits.append(edit)
+            replay(graph_module, list(edits))
+        self.edits.extend(edits)
 
     def sites_by_weight(self) -> dict[str, list[Site]]:
         """Sites grouped by the parameter that holds them."""

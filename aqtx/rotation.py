@@ -1,4 +1,4 @@
-"""What the rotating passes share: weights that may be changed, tied embeddings, fusing along the stream."""
+"""What the rotating passes share: which weights may be changed, which inputs are rotated, which sites are meant."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,9 @@ from torch import fx
 
 from aqtx.categories import select
 from aqtx.errors import InputError
-from aqtx.program import Program, Site, weight_node
+from aqtx.program import Program, Site
 from aqtx.residual import residual_stream
-from aqtx.rowwise import Unproven, aten, is_hadamard
+from aqtx.rowwise import Unproven, is_hadamard
 from aqtx.structure import activation_ops
 
 
@@ -23,23 +23,6 @@ def check_plain(program: Program, weights: Iterable[str]) -> None:
     for site in program.sites():
         if site.weight in wanted and (site.name in program.codes or site.name in loaded):
             raise InputError(f"{site.name} is quantized already: rotate and fold before `quantize` or `gptq`")
-
-
-def embedding_weights(program: Program) -> set[str]:
-    """The parameters that embeddings gather from, and those tied to them."""
-    gathers = (node for node in program.graph.nodes if node.target is aten.embedding.default)
-    tables = {str(node.args[0].target) for node in gathers}
-    return tables | {name for name, table in program.weights.shared().items() if table in tables}
-
-
-def untie_all(program: Program) -> dict[str, str]:
-    """Give each linear that shares an embedding's weights its own copy; {shared: copy}."""
-    shared = embedding_weights(program)
-    linears = {str(found.target) for node in program.graph.nodes if (found := weight_node(node)) is not None}
-    copies = {weight: "lm_head.weight" for weight in sorted(shared & linears)}
-    for weight, copy in copies.items():
-        program.edit({"edit": "untie", "weight": weight, "copy": copy})
-    return copies
 
 
 def input_rotation(node: fx.Node) -> fx.Node | None:

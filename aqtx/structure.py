@@ -104,16 +104,6 @@ def remove_hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
         graph_module.graph.erase_node(node)
 
 
-def untie(graph_module: fx.GraphModule, edit: Edit) -> None:
-    """Let the linears that read `weight` read the parameter `copy` instead; a gather (embedding) keeps it."""
-    for node in nodes_reading(graph_module.graph, edit["weight"]):
-        shared = weight_node(node)
-        assert shared is not None
-        own = get_attr(graph_module, edit["copy"], shared.meta["val"])
-        own.meta.update({key: value for key, value in shared.meta.items() if key != "custom"})
-        node.replace_input_with(shared, own)
-
-
 def get_attr(graph_module: fx.GraphModule, name: str, like: "Tensor") -> fx.Node:
     """The node of a parameter or buffer, made before all others if the graph has none."""
     graph = graph_module.graph
@@ -137,20 +127,15 @@ EDITS: dict[str, Callable[[fx.GraphModule, Edit], None]] = {
     "quantize_activation": quantize_activation,
     "hadamard": hadamard,
     "remove_hadamard": remove_hadamard,
-    "untie": untie,
 }
 
 
 def prepare(program: Program, edit: Edit) -> None:
-    """Give the program the parameters and buffers that an edit's nodes will read."""
+    """Give the program the buffers that an edit's nodes will read."""
     if edit["edit"] == "hadamard":
         from aqtx.rotation_op import buffers
 
         program.buffers.update(buffers(edit["block"], edit["seed"], program.dtype))
-    if edit["edit"] == "untie":
-        if edit["copy"] not in program.weights.specs:
-            program.weights.copy(edit["weight"], edit["copy"])
-        program.config["tie_word_embeddings"] = False
 
 
 def replay(graph_module: fx.GraphModule, edits: list[Edit]) -> None:

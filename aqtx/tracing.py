@@ -1,5 +1,6 @@
 """From a checkpoint or a module to a `Program`: export on meta, canonical graphs, weights by name."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,20 @@ def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     source = ModuleSource(model.state_dict(keep_vars=True))
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.device("meta"):
-        import copy
-
-        blank = copy.deepcopy(model).to("meta")
+        blank = copy_on_meta(model)
     return build_program(lambda: blank, source, config=dict(config), dtype=dtype, buffers=buffers)
+
+
+def copy_on_meta(model: nn.Module) -> nn.Module:
+    """The module without values; parameters that are tied stay tied, which `.to` alone would part."""
+    blank = copy.deepcopy(model).to("meta")
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(blank.get_submodule(owner), leaf, blank.get_parameter(original))
+    return blank
 
 
 def build_program(

@@ -115,12 +115,6 @@ class WeightStore:
         self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
         self._written[name] = tensor.detach()
 
-    def copy(self, name: str, new: str) -> None:
-        """A second parameter of the same value, changes included: the first step of untying."""
-        self.add(new, self._raw(name, None).clone())
-        if name in self._changes:
-            self._changes[new] = list(self._changes[name])
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON from which `restore` makes the same weights again."""
         vectors: dict[str, Tensor] = {}

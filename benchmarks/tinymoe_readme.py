@@ -21,7 +21,7 @@ NAMES = {
 
 def render_readme(measured: Mapping[str, Any], training: Mapping[str, Any], text: Mapping[str, Any]) -> str:
     """The whole README."""
-    experts = len(measured["loads"]["wiki"][0])
+    experts, distance = len(measured["loads"]["wiki"][0]), measured["distance_to_transformers"]
     fields = {
         "experts": experts,
         "even": 1 / experts,
@@ -30,9 +30,9 @@ def render_readme(measured: Mapping[str, Any], training: Mapping[str, Any], text
         "megabytes": measured["bytes"] / 1e6,
         "millions": training["steps"] * training["tokens_a_step"] / 1e6,
         "minutes": training["seconds"] / 60,
-        "distance": measured["distance_to_transformers"],
-        "sources": ", ".join(f"`{source}`" for source in text["sources"]),
-        "overlap": ", ".join(f"{share:.1%} ({domain})" for domain, share in text["shared_phrases"].items()),
+        "distance": f"{distance:.1e}" if distance else "none, bit-equal",
+        "sources": "\n".join(f"- `{source}`" for source in text["sources"]),
+        "overlap": ", ".join(f"{share:.1%} ({NAMES[domain]})" for domain, share in text["shared_phrases"].items()),
         "perplexity_rows": perplexity_rows(measured, text),
         "load_rows": load_rows(measured["loads"]),
         "text_rows": text_rows(training, text),

@@ -6,7 +6,7 @@ from aqtx.formats import parse
 from aqtx.numerics.error import qsnr
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
-from aqtx.sensitivity.measured import measure
+from aqtx.sensitivity.measured import measure, requests
 from aqtx.sensitivity.selection import format_problems, selected_sites
 
 
@@ -36,7 +36,7 @@ class AnnotateError(Pass):
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Measure; the mean QSNR of each format goes into the details."""
         formats = [parse(name) for name in self.formats]
-        measure(program, context.progress(sites, description="annotate_error"), formats)
+        measure(program, context.progress(requests(sites, formats), description="annotate_error"))
         mean = {fmt.name: sum(site.get("error")[fmt.name] for site in sites) / max(len(sites), 1) for fmt in formats}
         details = {
             "qsnr_db": {name: round(qsnr(error, 1.0), 3) if error > 0 else None for name, error in mean.items()},

@@ -31,7 +31,8 @@ class AssignPlan(Settings, Pass):
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Plan, then annotate all sites."""
-        plan = decide(program, self, context)
+        decision = decide(program, self, context)
+        plan = decision.plan
         for warning in plan.warnings:
             warnings.warn(warning, stacklevel=2)
         program.plan = plan
@@ -42,7 +43,7 @@ class AssignPlan(Settings, Pass):
         for edit in activation_edits(program):
             program.edit(edit)
         refused = [Refusal(name, entry.why) for name, entry in plan.sites.items() if entry.why.startswith(DEGENERATE)]
-        return Changes(changed=list(plan.planned), refused=refused, details=_details(plan))
+        return Changes(changed=list(plan.planned), refused=refused, details={**_details(plan), **decision.details})
 
 
 def activation_edits(program: Program) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from aqtx.changes import Scale
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.residual import NORM, readers
-from aqtx.rotation import check_plain, embedding_weights, untie_all
+from aqtx.rotation import check_plain
 from aqtx.rowwise import Unproven, aten, weight_name
 
 
@@ -40,7 +40,7 @@ class FoldNorms(Pass):
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Prove all, then fold."""
         changes, plan = Changes(), dict[str, list[str]]()
-        tied = embedding_weights(program) if not self.untie else set()
+        tied = set() if self.untie else set(program.weights.shared())
         uses = Counter(node.args[2] for node in program.graph.nodes if node.target is NORM and len(node.args) > 2)
         for node in program.graph.nodes:
             try:
@@ -51,14 +51,13 @@ class FoldNorms(Pass):
                 changes.refused.append(Refusal(norm_name(node), f"its gain cannot be folded: {reason}"))
         _refuse_shared(plan, changes)
         check_plain(program, {weight for weights in plan.values() for weight in weights})
-        untied = untie_all(program) if any(set(weights) & embedding_weights(program) for weights in plan.values()) else {}
         for gain, weights in plan.items():
             scale = Scale(program.weights.precise(gain, dtype=torch.float64))
             for weight in weights:
-                program.weights.change(untied.get(weight, weight), scale)
+                program.weights.change(weight, scale)
             program.weights.put(gain, torch.ones_like(scale.vector, dtype=program.dtype))
-            changes.changed += [untied.get(weight, weight) for weight in weights]
-        changes.details = {"norms": len(plan), "untied": untied}
+            changes.changed += weights
+        changes.details = {"norms": len(plan)}
         return changes
 
 

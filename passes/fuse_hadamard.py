@@ -36,8 +36,10 @@ class FuseHadamard(Pass):
         fusions, reasons = _plan(program, rotated)
         check_plain(program, {name for fusion in fusions for name in fusion.changes})
         for fusion in fusions:
-            fusion.carry_out(program)
+            for name, change in fusion.changes.items():
+                program.weights.change(name, change)
             changes.changed += fusion.readers
+        program.edit(*(edit for fusion in fusions for edit in fusion.edits()))
         left = [node for node in program.graph.nodes if is_hadamard(node)]
         for node in rotated:
             if input_rotation(node) is not None:

@@ -8,7 +8,7 @@ from aqtx.errors import InputError
 from aqtx.numerics.hadamard import is_order
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.rotation import check_plain, embedding_weights, input_rotation, select_sites, untie_all
+from aqtx.rotation import check_plain, input_rotation, select_sites
 
 
 @register("insert_hadamard")
@@ -62,7 +62,7 @@ class InsertHadamard(Pass):
             return f"no Hadamard matrix of order {block} is known"
         if input_rotation(site.node) is not None:
             return "its input is rotated already"
-        if not self.untie and site.weight in embedding_weights(program):
+        if not self.untie and site.weight in program.weights.shared():
             return "it shares the embedding's weights and `untie` is off"
         return None
 
@@ -74,14 +74,15 @@ class InsertHadamard(Pass):
         partial = [name for name, members in weights.items() if len(members) < members[0].slots]
         changes = Changes(refused=[_partial(site) for name in partial for site in weights.pop(name)])
         check_plain(program, weights)
-        untied = untie_all(program) if set(weights) & embedding_weights(program) else {}
         seed = None if not self.signs else context.seed if self.seed is None else self.seed
+        edits: list[dict[str, Any]] = []
         for name, members in weights.items():
-            parameter, block = untied.get(name, name), self._block(program, members[0])
-            program.weights.change(parameter, Rotate(block, seed))
-            program.edit({"edit": "hadamard", "weight": parameter, "block": block, "seed": seed})
+            block = self._block(program, members[0])
+            program.weights.change(name, Rotate(block, seed))
+            edits.append({"edit": "hadamard", "weight": name, "block": block, "seed": seed})
             changes.changed += [site.name for site in members]
-        changes.details = {"weights": len(weights), "untied": untied}
+        program.edit(*edits)
+        changes.details = {"weights": len(weights)}
         return changes
 
     def _block(self, program: Program, site: Site) -> int:

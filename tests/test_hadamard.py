@@ -84,3 +84,18 @@ def test_rotation_helps_outliers_and_leaves_gaussian_data_alone():
     assert gains["nvfp4"] < 0
     for name in gains:
         assert abs(qsnr(hadamard(x), name) - qsnr(x, name)) < 0.02, name
+
+
+@pytest.mark.parametrize("block", [32, 256])
+def test_node_compiles_without_a_break(block):
+    from aqtx.rotation_op import OP, buffers
+
+    signs = buffers(block, 1, torch.float32)
+
+    def before_linear(x: torch.Tensor, *signs: torch.Tensor) -> torch.Tensor:
+        return OP(torch.nn.functional.silu(x), *signs)
+
+    compiled = torch.compile(before_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 1, 7):
+        x = torch.randn(rows, 512)
+        assert torch.allclose(compiled(x, *signs.values()), before_linear(x, *signs.values()), atol=1e-6)

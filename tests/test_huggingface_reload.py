@@ -19,7 +19,11 @@ from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
 
 FORMATS = ("mxfp4", "int4_g32_asym", "mxfp6", "nvfp4")
-CASES = ("llama", "qwen3", "llama-tied", "olmoe", "mixtral", "qwen2-moe")
+
+
+def slow(*names: str) -> list[Any]:
+    """Cases that repeat a kind that another case covers."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def quantized(folder: Path, source: Path, *, passes: tuple[Any, ...] = (), dtype: torch.dtype | None = None) -> Path:
@@ -39,7 +43,7 @@ def reloaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["olmoe", "mixtral", *slow("llama", "qwen3", "llama-tied", "qwen2-moe")])
 def test_transformers_computes_what_aqtx_computes(name: str, tmp_path: Path) -> None:
     oracle(name).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "quantized", tmp_path / "source")
@@ -50,7 +54,7 @@ def test_transformers_computes_what_aqtx_computes(name: str, tmp_path: Path) -> 
         assert (model(ids).logits - plain).abs().max() > 1e-3, "nothing was quantized"
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "olmoe"])
+@pytest.mark.parametrize("name", ["olmoe", *slow("llama-tied")])
 def test_rotated_models_reload_with_their_rotations(name: str, tmp_path: Path) -> None:
     oracle(name).save_pretrained(tmp_path / "source")
     passes = (FoldNorms(), InsertHadamard(before=("mlp_down", "residual"), block=16))
@@ -70,12 +74,13 @@ def test_quantized_activations_reload(tmp_path: Path) -> None:
             program.edit({"edit": "quantize_activation", "weight": weight, "formats": names})
             for site in sites:
                 program.codes[site.name] = quantize(program.read(site), "mxfp6")
+    program.emitted = True
     folder, ids = aqtx.save(program, tmp_path / "quantized"), token_ids(2, 11)
     with torch.no_grad():
         assert (reloaded(folder)(ids).logits - aqtx.load(folder).module()(ids)).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2-moe"])
+@pytest.mark.parametrize("name", ["qwen2-moe", *slow("qwen3")])
 def test_bfloat16_gives_the_same_greedy_tokens(name: str, tmp_path: Path) -> None:
     from aqtx.generate import Generator
 
@@ -86,7 +91,7 @@ def test_bfloat16_gives_the_same_greedy_tokens(name: str, tmp_path: Path) -> Non
     assert Generator(aqtx.load(folder)).continue_greedily(prompt.tolist(), max_new_tokens=8) == [theirs.tolist()]
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", *slow("gemma3_text")])
 def test_models_that_only_transformers_knows_reload_and_export(model_type: str, tmp_path: Path) -> None:
     foreign(model_type).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "quantized", tmp_path / "source")
@@ -98,9 +103,13 @@ def test_models_that_only_transformers_knows_reload_and_export(model_type: str, 
         assert (reloaded(tmp_path / "plain")(ids).logits - expected).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+@pytest.mark.parametrize("name", ["llama-tied", *slow("mixtral")])
 def test_exported_folders_are_plain_and_compute_the_same(name: str, tmp_path: Path) -> None:
-    """In float32 nothing is lost: codes and scales are exact in it, undone rotations to its last place."""
+    """In float32 codes and scales are exact; undoing a rotation rounds each weight once more, to its last place.
+
+    Each of the model's 22 products then differs by half a unit of its last place, 6e-8 relative, with random
+    signs: 3e-7 of logits up to 4, and the largest of 2,000 logits is some four standard deviations out.
+    """
     oracle(name).save_pretrained(tmp_path / "source")
     passes = (FoldNorms(), InsertHadamard(before=("mlp_down", "residual"), block=16))
     folder = quantized(tmp_path / "quantized", tmp_path / "source", passes=passes)
@@ -109,12 +118,12 @@ def test_exported_folders_are_plain_and_compute_the_same(name: str, tmp_path: Pa
     ids = token_ids(2, 11)
     with torch.no_grad():
         expected = aqtx.load(folder).module()(ids)
-        assert (reloaded(tmp_path / "plain")(ids).logits - expected).abs().max() <= 2e-6
+        assert (reloaded(tmp_path / "plain")(ids).logits - expected).abs().max() <= 5e-6
     dequantized(folder, tmp_path / "half")
     assert reloaded(tmp_path / "half", "auto").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("first", ["import aqtx, transformers", "import transformers, aqtx"])
+@pytest.mark.parametrize("first", ["import aqtx, transformers", *slow("import transformers, aqtx")])
 def test_importing_aqtx_is_enough_and_stays_light(first: str) -> None:
     code = f"{first}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('aqtx' in m)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -97,7 +97,8 @@ def test_clipped_values_and_products_stay_online():
 
 def test_block_wider_than_a_head_stays_online():
     found = refusals(tiny(), [("insert_hadamard", {"before": ["attn_o"], "block": 32}), FUSED[4]])
-    assert {why for why in found.values()} == {"stays a node: a block of 32 does not lie within a head of 16"}
+    assert all("a block of 32 does not lie within the 16 columns before aten.flatten" in why for why in found.values())
+    assert len(found) == 2
 
 
 def test_widths_that_do_not_fit_name_what_would():
@@ -131,4 +132,4 @@ def test_tied_head_is_left_alone_when_asked():
     program = tiny("llama")
     found = refusals(program, [("fold_norms", {"untie": False})])
     assert found == {"model.norm.weight": "its gain cannot be folded: its reader shares the embedding's weights and `untie` is off"}
-    assert "lm_head.weight" not in program.weights.specs
+    assert program.weights.shared() == {"lm_head.weight": "model.embed_tokens.weight"}

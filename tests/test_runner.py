@@ -128,6 +128,6 @@ def test_loaded_model_compiles_and_agrees_with_eager(first):
     with torch.no_grad():
         for batch in (ids, ids[:, :7]):
             eager, fast = module(batch).float(), compiled(batch).float()
-            # bf16 keeps 8 bits, so one rounding errs by at most 2^-8 of a value; about 10 roundings per block, in another
-            # order of sums, differ by a random walk over 4 blocks: sqrt(40) of them, doubled for a bound
+            # bf16 keeps 8 bits, so one rounding errs by at most 2^-8 of a value; about 10 roundings per block, in
+            # another order of sums, differ by a random walk over 4 blocks: sqrt(40) of them, doubled for a bound
             assert (eager - fast).abs().max() <= 2 * 40**0.5 * 2**-8 * eager.abs().max()

@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     made = dequantized(source, output, dtype=getattr(torch, arguments.dtype))
     print(f"{made.directory}: {format_bytes(made.bytes)} of {arguments.dtype} weights")
     if made.activations:
-        print(f"activations of {made.activations} weights were quantized as the model ran; plain weights leave that out")
+        print(
+            f"activations of {made.activations} weights were quantized as the model ran; plain weights leave that out"
+        )
     return 0
 
 

@@ -1,6 +1,6 @@
 """The final words of a run: `report.json` as a table for the terminal."""
 
-from collections import Counter
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,14 +53,15 @@ def _pass_row(row: dict[str, Any]) -> list[str]:
 
 
 def _refusals(passes: list[dict[str, Any]]) -> list[str]:
-    """One line per pass and reason, with how many sites it holds for and the first of them."""
+    """One line per pass and kind of reason, with how many sites it holds for and the first of them."""
     lines = []
     for row in passes:
-        reasons = Counter(refusal["why"] for refusal in row["refused"])
-        first = {refusal["why"]: refusal["site"] for refusal in reversed(row["refused"])}
-        for why, count in reasons.items():
-            more = f" and {count - 1} more" if count > 1 else ""
-            lines.append(f"{row['name']} left {first[why]}{more} alone: {why}")
+        alike: dict[str, list[dict[str, str]]] = {}
+        for refusal in row["refused"]:
+            alike.setdefault(re.sub(r" \(\w+\)", "", refusal["why"]), []).append(refusal)  # but for a node's name
+        for refusals in alike.values():
+            more = f" and {len(refusals) - 1} more" if len(refusals) > 1 else ""
+            lines.append(f"{row['name']} left {refusals[0]['site']}{more} alone: {refusals[0]['why']}")
     return ["\n".join(lines)] if lines else []
 
 

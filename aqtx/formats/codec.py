@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats.packing import pack
+from aqtx.formats import kernel
+from aqtx.formats.packing import memory_bytes, pack
 from aqtx.formats.rounding import round_value, value_to_code
 from aqtx.formats.scales import (
+    E8M0_NAN,
     Affine,
     Scales,
     choose_for_blocks,
@@ -38,6 +40,11 @@ def quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) 
         what = f"a {weight.dtype} tensor of shape {list(weight.shape)}"
         raise InputError(f"cannot quantize {what}: it takes a float weight [.., N, K]")
     weight = weight.detach()
+    if kernel.can_quantize(weight, fmt):
+        qdata, scale = kernel.quantize_mx(weight, fmt, memory_bytes(weight.shape[-1], fmt.element.bits))
+        if bool((scale == E8M0_NAN).any()):
+            check_finite(weight)
+        return QuantizedTensor(qdata, fmt.name, weight.shape[-1], weight.dtype, scale)
     check_finite(weight)
     return encode(weight, fmt, choose_scales(weight, fmt))
 

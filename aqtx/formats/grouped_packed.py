@@ -5,7 +5,8 @@ their concatenation.
 
 dense     dequantize every bucket inside the graph, then the plain op: Inductor fuses the decoding.
           For training on accelerators, and where nearly every expert has tokens.
-hit       one opaque op that decodes, when it runs, only the experts that tokens reached.
+hit       one opaque op that decodes, when it runs, only the experts that tokens reached: the compiled
+          kernel where there is one, else a loop over the hit experts in plain torch.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqtx.formats import kernel
 from aqtx.formats.grouped import group_bounds
+from aqtx.formats.linear import KERNEL_DTYPES
+from aqtx.formats.table import parse
 
 Bucket = Any  # QuantizedTensor or plain Tensor, [E_b, N, K]
 _PART_NAMES = ("qdata", "scale", "zero_point", "per_tensor_scale")
@@ -45,8 +49,12 @@ def lower(x: Tensor, buckets: list[Bucket], slots: list[int], offsets: Tensor) -
     choice = _lowering.get()
     if choice == "dense" or (choice == "auto" and x.device.type != "cpu"):
         return _dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
-    parts, layout = _describe(buckets)
     num_outputs = buckets[0].shape[1]
+    if x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
+        parts = [part.contiguous() for bucket in buckets for _, part in _present(bucket)]
+        specs = [number for bucket in buckets for number in _spec(bucket)]
+        return torch.ops.aqtx_cpu.grouped(x, offsets, parts, specs, slots, num_outputs)
+    parts, layout = _describe(buckets)
     return torch.ops.aqtx.grouped_linear_hit(x, offsets, parts, layout, slots, num_outputs)
 
 
@@ -74,14 +82,22 @@ def _describe(buckets: list[Bucket]) -> tuple[list[Tensor], str]:
     parts: list[Tensor] = []
     rows = []
     for bucket in buckets:
-        if not hasattr(bucket, "format_name"):
-            parts.append(bucket)
-            rows.append("")
-            continue
-        present = [name for name in _PART_NAMES if getattr(bucket, name) is not None]
-        parts += [getattr(bucket, name) for name in present]
-        rows.append(f"{bucket.format_name}:{bucket.num_columns}:{'+'.join(present)}")
+        present = _present(bucket)
+        parts += [part for _, part in present]
+        name = f"{bucket.format_name}:{bucket.num_columns}" if hasattr(bucket, "format_name") else ":"
+        rows.append(f"{name}:{'+'.join(name for name, _ in present)}")
     return parts, ",".join(rows)
+
+
+def _present(bucket: Bucket) -> list[tuple[str, Tensor]]:
+    """A bucket's inner tensors by name, in the order in which the ops take them."""
+    if not hasattr(bucket, "format_name"):
+        return [("qdata", bucket)]
+    return [(name, part) for name in _PART_NAMES if (part := getattr(bucket, name)) is not None]
+
+
+def _spec(bucket: Bucket) -> list[int]:
+    return kernel.spec_of(bucket.format if hasattr(bucket, "format_name") else parse("bf16"), bucket.shape[-1])
 
 
 def _rebuild(parts: list[Tensor], layout: str) -> list[Bucket]:
@@ -91,12 +107,12 @@ def _rebuild(parts: list[Tensor], layout: str) -> list[Bucket]:
     remaining = iter(parts)
     buckets: list[Bucket] = []
     for row in layout.split(","):
-        if not row:
-            buckets.append(next(remaining))
-            continue
         name, num_columns, present = row.split(":")
         named = {part: next(remaining) for part in present.split("+")}
         qdata = named.pop("qdata")
+        if not name:
+            buckets.append(qdata)
+            continue
         buckets.append(QuantizedTensor(qdata, name, int(num_columns), torch.bfloat16, **named))
     return buckets
 

@@ -29,7 +29,7 @@ SOURCES = Path(__file__).parent / "kernels"
 SCALE_KINDS = {E8M0.name: 0, BF16_SCALE.name: 1, NVFP4_SCALE.name: 2}
 RULES = {"floor": 0, "even": 1, "rceil": 2}
 # No contraction: a fused multiply-add would change a rounding. The other two change no value, they let loops vectorise.
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 
 
 @cache
@@ -69,13 +69,28 @@ def _built() -> Path:
 
 
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+    """Each source by a process of its own, then the library."""
     root = Path(torch.__file__).parent
-    paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
-    command = [compiler, *FLAGS, *map(str, sources), *paths, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), "unknown reason")
-        raise OSError(f"{compiler} failed: {first}")
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    compiling = [
+        _start([compiler, *FLAGS, f"-I{root / 'include'}", "-c", str(source), "-o", str(made)])
+        for source, made in zip(sources, objects, strict=True)
+    ]
+    for process in compiling:
+        _finish(process)
+    libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    _finish(_start([compiler, "-shared", "-fopenmp", *map(str, objects), *libraries, "-o", str(target)]))
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=900)
+    if process.returncode:
+        first = next((line for line in errors.splitlines() if "error" in line), "unknown reason")
+        raise OSError(f"the compiler failed: {first}")
 
 
 def _key(sources: list[Path], compiler: str) -> str:
@@ -92,20 +107,30 @@ def _cache_dir() -> Path:
 
 
 def spec_of(fmt: Format, num_columns: int) -> list[int]:
-    """What the kernel needs to know of a format: five integers; 16 bits mean a plain tensor."""
+    """What the kernel needs to know of a format, as integers; see register.cpp."""
     if not fmt.is_packed:
-        return [16, 0, 0, 0, 0]
+        return [16, 0, 0, 0, 0, 0, 0]
     element = fmt.element
     kind = SCALE_KINDS[fmt.scale.name]
-    return [element.bits, element.mantissa_bits, element.exponent_bias, kind, fmt.block_size(num_columns)]
+    extras = [int(fmt.asymmetric), int(fmt.scale is NVFP4_SCALE)]
+    return [element.bits, element.mantissa_bits, element.exponent_bias, kind, fmt.block_size(num_columns), *extras]
 
 
-def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format) -> Tensor:
+def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format, num_columns: int) -> Tensor:
     """`x @ w.T` for one packed matrix."""
-    num_columns = x.shape[-1]
+    scale, zero_point, per_tensor = scales
     spec = spec_of(fmt, num_columns)
     return torch.ops.aqtx_cpu.linear(
-        x, qdata, scales.scale, scales.zero_point, scales.per_tensor_scale, spec, num_columns
+        x, qdata.contiguous(), scale.contiguous(), zero_point, per_tensor, spec, num_columns
+    )
+
+
+def dequantize(qdata: Tensor, scales: Scales, fmt: Format, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """The packed matrix in `dtype`."""
+    scale, zero_point, per_tensor = scales
+    spec = spec_of(fmt, num_columns)
+    return torch.ops.aqtx_cpu.dequantize(
+        qdata.contiguous(), scale.contiguous(), zero_point, per_tensor, spec, num_columns, dtype
     )
 
 
@@ -140,12 +165,13 @@ def _register_fakes() -> None:
         return x.new_empty(x.shape[0], num_outputs)
 
     @torch.library.register_fake("aqtx_cpu::dequantize")
-    def _dequantize(
+    def _dequantize(  # noqa: PLR0913
         codes: Tensor,
         scale: Tensor,
         zero: Tensor | None,
         per_tensor: Tensor | None,
         spec: list[int],
         num_columns: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        return codes.new_empty(codes.shape[0], num_columns, dtype=torch.bfloat16)
+        return codes.new_empty(codes.shape[0], num_columns, dtype=dtype)

@@ -1,7 +1,8 @@
 """`aqtx::quantized_linear`: a linear with a packed weight, differentiable with respect to its input.
 
 The op exists so that autograd sees one node: in training nothing but the packed weight is saved, and
-the backward pass dequantizes it again. Lowered, it is plain torch: dequantize and multiply.
+the backward pass dequantizes it again. Lowered, it is the compiled kernel where there is one. In plain
+torch it is a fused product over slabs for a single row (`slabs.py`), else dequantize and multiply.
 """
 
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from aqtx.formats import kernel, slabs
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.library.custom_op("aqtx::quantized_linear", mutates_args=())
@@ -55,5 +60,12 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, An
 
 
 def lower(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """A linear in plain torch ops on the weight's inner tensors."""
+    """A linear in ops on the weight's inner tensors: the compiled kernel, or plain torch."""
+    fmt = weight.format
+    if fmt.is_packed and x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
+        y = kernel.linear(x, weight.qdata, weight.scales, fmt, weight.num_columns)
+        return y if bias is None else y + bias
+    if x.numel() == x.shape[-1] and slabs.fits(weight):
+        y = slabs.product(x, weight)
+        return y if bias is None else y + bias
     return F.linear(x, weight.dequantize(x.dtype), bias)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from aqtx.formats import kernel
 from aqtx.formats.packing import from_disk_order, pack, to_disk_order, unpack
 from aqtx.formats.rounding import code_to_value
 from aqtx.formats.scales import Scales, decode_scale
@@ -22,7 +23,7 @@ from aqtx.formats.torchao_base import TorchAOBaseTensor
 def _source_hash() -> str:
     """Of this package's code: part of the compile cache's key, so that a changed kernel is never served stale."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.[pc]*")):
+    for path in sorted(Path(__file__).parent.rglob("*.[pch]*")):
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -148,7 +149,8 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def _stable_hash_for_caching(self) -> str:
         """Key of torch's compile cache, which would otherwise ignore the code behind the dispatch."""
         parts = [(name, tuple(part.shape), str(part.dtype), str(part.device)) for name, part in self._parts().items()]
-        return f"QuantizedTensor|{SOURCE_HASH}|{self.format_name}|{self.orig_dtype}|{tuple(self.shape)}|{parts}"
+        kernel_used = kernel.serves(self.device)
+        return f"QuantizedTensor|{SOURCE_HASH}|{kernel_used}|{self.format_name}|{self.orig_dtype}|{tuple(self.shape)}|{parts}"
 
 
 torch.serialization.add_safe_globals([QuantizedTensor])

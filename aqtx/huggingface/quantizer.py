@@ -34,7 +34,9 @@ class AqtxConfig(QuantizationConfigMixin):
         self, *, formats: dict[str, str], edits: list[dict[str, Any]], layout_version: int, **other: Any
     ) -> None:
         if layout_version != LAYOUT_VERSION:
-            raise InputError(f"config.json: layout_version {layout_version} is not {LAYOUT_VERSION}, which this aqtx reads")
+            raise InputError(
+                f"config.json: layout_version {layout_version} is not {LAYOUT_VERSION}, which this aqtx reads"
+            )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.formats, self.edits, self.layout_version = formats, edits, layout_version
         self.__dict__.update(other)
@@ -45,6 +47,7 @@ class AqtxQuantizer(HfQuantizer):
     """Swaps codes in for parameters; a checkpoint that is loaded so cannot be trained or saved again."""
 
     requires_calibration = True
+    quantization_config: AqtxConfig
 
     def is_serializable(self) -> bool:
         """No: copy the folder instead."""
@@ -75,7 +78,9 @@ class AqtxQuantizer(HfQuantizer):
                     parts = experts.projections(module)
                     experts.take_out(module)
                     module._is_hf_initialized = True
-                    self.shapes.update({self._disk(f"{name}.{part}"): tuple(value.shape) for part, value in parts.items()})
+                    self.shapes.update(
+                        {self._disk(f"{name}.{part}"): tuple(value.shape) for part, value in parts.items()}
+                    )
         for site in self.quantization_config.formats.keys() - set(stacked):
             module = _module(model, from_disk(self.kind, site))
             self.shapes[f"{site}.weight"] = tuple(module.weight.shape)

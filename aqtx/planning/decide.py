@@ -1,5 +1,9 @@
 """From settings to a plan."""
 
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,42 +13,55 @@ from aqtx.numerics.allocate import Allocation, allocate
 from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.manual import Scheme, read_manual
 from aqtx.planning.options import Division, Options, build_options, divide, limit
+from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
 from aqtx.planning.tiers import TIERS, honour_limits
 from aqtx.program import Program, Site
 from aqtx.registry import Context
 from aqtx.sensitivity.costs import COSTS
-from aqtx.sensitivity.measured import measure
+from aqtx.sensitivity.measured import Request
+from aqtx.sensitivity.prepare import prepare
 from aqtx.sensitivity.selection import unique_sites
 
 
-def decide(program: Program, settings: Settings, context: Context) -> Plan:
-    """The plan for a program; annotates measured errors where the method needs them, else changes nothing."""
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and what a report should tell of how it was found."""
+
+    plan: Plan
+    details: dict[str, Any]
+
+
+def decide(program: Program, settings: Settings, context: Context) -> Decision:
+    """The plan for a program; annotates what the method needs and lacks, else changes nothing."""
     division = divide(program, settings)
     if settings.method == "manual":
-        return _manual(program, division, settings)
+        return Decision(_manual(program, division, settings), {})
     options = build_options(program, division, settings)
     budget = limit(program, options, settings)
     if settings.method in TIERS:
         if settings.groups and settings.method != "uniform":
             raise InputError(f"method {settings.method} cannot honour groups; use alpha, error or uniform")
         choice = honour_limits(TIERS[settings.method](options, settings, budget), options)
-        return _plan(program, division, options, settings, (choice, None, None))
-    _measure(program, options, context)
+        return Decision(_plan(program, division, options, settings, (choice, None, None)), {})
     seed = context.seed if settings.seed is None else settings.seed
-    cost = COSTS[settings.method](options.sites, options.formats, settings, seed)
-    found = _allocate(cost, options, settings, budget)
-    return _plan(program, division, options, settings, (found.choice, cost, found))
+    costed = replace(settings, method=settings.base) if settings.method == "search" else settings
+    details = prepare(program, _requests(options), costed, context, seed)
+    cost = COSTS[costed.method](options.sites, options.formats, costed, seed)
+    if settings.method == "search":
+        solve = partial(_allocate, cost, options, costed)
+        found, details["search"] = search(program, options, settings, context, solve)
+    else:
+        found = _allocate(cost, options, settings, budget)
+    return Decision(_plan(program, division, options, settings, (found.choice, cost, found)), details)
 
 
-def _measure(program: Program, options: Options, context: Context) -> None:
-    """Errors of every format that a site may take."""
-    by_formats: dict[tuple[bool, ...], list[Site]] = {}
-    for site, row in zip(options.sites, options.allowed.tolist(), strict=True):
-        by_formats.setdefault(tuple(row), []).append(site)
-    for row, sites in by_formats.items():
-        formats = [fmt for fmt, is_allowed in zip(options.formats, row, strict=True) if is_allowed]
-        measure(program, context.progress(sites, description="measured error"), formats)
+def _requests(options: Options) -> list[Request]:
+    """The formats that each site may take."""
+    return [
+        (site, [fmt for fmt, is_allowed in zip(options.formats, row, strict=True) if is_allowed])
+        for site, row in zip(options.sites, options.allowed.tolist(), strict=True)
+    ]
 
 
 def _allocate(cost: Tensor, options: Options, settings: Settings, budget: float | None) -> Allocation:
@@ -76,8 +93,15 @@ def _plan(
         name: entries[name] if name in entries else kept_entry(program, site, reasons[name])
         for name, site in unique_sites(program).items()
     }
-    bounds = {} if found is None else {"cost": found.cost, "bound": found.bound, "gap": found.gap}
-    return Plan(sites=sites, method=settings.method, budget=_budget_json(settings), **bounds)  # type: ignore[arg-type]
+    bounds = (None, None, None) if found is None else (found.cost, found.bound, found.gap)
+    return Plan(
+        sites=sites,
+        method=settings.method,
+        budget=_budget_json(settings),
+        cost=bounds[0],
+        bound=bounds[1],
+        gap=bounds[2],
+    )
 
 
 def _budget_json(settings: Settings) -> dict[str, float]:

@@ -14,7 +14,7 @@ from aqtx.planning.settings import Settings
 from aqtx.program import Program, Site
 from aqtx.sensitivity.selection import unique_sites
 
-ALPHA_METHODS = ("alpha", "alphaq", "ratio", "threshold")
+_ALPHA_METHODS = ("alpha", "alphaq", "ratio", "threshold")
 DEGENERATE = "its alpha is degenerate"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -62,7 +62,8 @@ def divide(program: Program, settings: Settings) -> Division:
         raise InputError(*problems)
     kept = {name: f"kept by {by!r}" for name, by in chosen["keep"].items() if name not in chosen["pins"]}
     rest = [site for name, site in sites.items() if name not in kept]
-    degenerate = _degenerate(rest) if settings.method in ALPHA_METHODS else {}
+    method = settings.base if settings.method == "search" else settings.method
+    degenerate = _degenerate(rest) if method in _ALPHA_METHODS else {}
     return Division([site for site in rest if site.name not in degenerate], kept, degenerate, chosen)
 
 

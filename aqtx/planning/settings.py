@@ -8,10 +8,28 @@ from aqtx.formats.table import Format, parse
 from aqtx.planning.groups import group_problems
 from aqtx.sensitivity.selection import format_problems
 
-Method = Literal["alpha", "error", "alphaq", "random", "uniform", "front_back", "ratio", "threshold", "manual"]
+Method = Literal[
+    "alpha",
+    "error",
+    "alphaq",
+    "hessian",
+    "pmq",
+    "fisher",
+    "trial",
+    "calibrated",
+    "random",
+    "search",
+    "uniform",
+    "even",
+    "front_back",
+    "ratio",
+    "threshold",
+    "manual",
+]
+BaseMethod = Literal["alpha", "error", "hessian", "pmq", "fisher", "trial", "calibrated"]
 DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
 _OWN_SIZE = ("ratio", "threshold", "manual")  # the size follows from the method's own fields
-_BUDGET_OPTIONAL = ("uniform", "front_back")
+_BUDGET_OPTIONAL = ("uniform", "front_back", "search")
 _DEFAULT_GAMMA = {"alpha": 2.0, "alphaq": 12.0}
 _DEFAULT_CANDIDATES = {
     "ratio": ("mxfp4", "mxfp8", "bf16"),
@@ -26,11 +44,14 @@ class Settings:
 
     Fields:
         method: where the bits go.
-            `alpha` measured error weighted by alpha, `error` measured error alone, `alphaq` the published
-            objective with its count of nominal bits, `random` a seeded baseline: these four solve for the
-            least cost under the budget. `uniform` the largest candidate that fits, `front_back` one half of
-            the depth above the other, `ratio` shares of the matrices in order of alpha, `threshold` one
-            alpha as the border, `manual` what a file says.
+            These solve for the least cost under the budget, their costs stand in aqtx/sensitivity/costs.py:
+            `error` measured error alone, `alpha` weighted by alpha, `alphaq` the published objective with its
+            count of nominal bits, `hessian` error weighted by the inputs' strength, `pmq` by routing, `fisher`
+            by gradients, `trial` by rounding each matrix alone, `calibrated` by alpha fitted to this model,
+            `random` a seeded baseline. `search` lowers the bits of `base` as far as a perplexity ceiling allows.
+            These need no costs: `uniform` the largest candidate that fits, `even` two neighbouring formats
+            spread evenly, `front_back` one half of the depth above the other, `ratio` shares of the matrices
+            in order of alpha, `threshold` one alpha as the border, `manual` what a file says.
         candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
             `threshold` and `front_back` mxfp4, mxfp8.
         average_bits: stored bits per planned weight, scales included. Kept sites are outside it.
@@ -51,7 +72,15 @@ class Settings:
         mxfp4_ratio, bf16_ratio: of `ratio`: the shares that get the smallest and the largest tier.
         alpha_threshold: of `threshold`.
         half: of `front_back`: which half gets more bits.
-        seed: of `random`; default the recipe's.
+        seed: of `random` and of what is sampled; default the recipe's.
+        fisher_sequences: of `fisher`: calibration sequences to take gradients of.
+        fisher_detail: `element` keeps the information of every weight (four bytes each), `matrix` one mean per matrix.
+        trial_sequences: of `trial`, and of `calibrated` where it is fitted to trials: sequences to run them on.
+        num_trials: of `calibrated`: matrices to try, spread over the roles.
+        fit_to: of `calibrated`: what alpha is fitted to, `fisher` of all matrices or `trial` of a sample.
+        base: of `search`: the method that plans each candidate.
+        perplexity_ceiling: of `search`: the highest perplexity on calibration text, as a multiple of the model's own.
+        search_steps: of `search`: models to evaluate.
         plan: of `manual`: a JSON file or its content.
     """
 
@@ -75,6 +104,14 @@ class Settings:
     alpha_threshold: float | None = None
     half: Literal["front", "back"] = "front"
     seed: int | None = None
+    fisher_sequences: int = 32
+    fisher_detail: Literal["element", "matrix"] = "element"
+    trial_sequences: int = 4
+    num_trials: int = 24
+    fit_to: Literal["fisher", "trial"] = "fisher"
+    base: BaseMethod = "alpha"
+    perplexity_ceiling: float = 1.05
+    search_steps: int = 6
     plan: str | dict[str, Any] | None = None
 
     @property
@@ -128,6 +165,11 @@ class Settings:
             yield "method threshold needs alpha_threshold."
         if (self.method == "manual") != (self.plan is not None):
             yield "plan, a JSON file or its content, goes with method manual and only with it."
+        for key in ("fisher_sequences", "trial_sequences", "num_trials", "search_steps"):
+            if getattr(self, key) < 1:
+                yield f"{key} is below 1."
+        if self.perplexity_ceiling < 1:
+            yield "perplexity_ceiling is a multiple of the model's own perplexity: at least 1."
         for key, bits in (self.min_bits | self.max_bits).items():
             if not 0 < bits <= 16:
                 yield f"min_bits and max_bits: {key!r} has {bits:g} bits, which no format has."

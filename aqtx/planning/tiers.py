@@ -25,6 +25,23 @@ def uniform(options: Options, settings: Settings, budget: float | None) -> Tenso
     return torch.full((len(options.sites),), int(torch.where(fits, totals, -1.0).argmax()))
 
 
+def even(options: Options, settings: Settings, budget: float | None) -> Tensor:
+    """The largest uniform format that fits and the next one, spread over the model as evenly as the budget allows."""
+    if budget is None:
+        raise InputError("method even needs average_bits or budget_bytes")
+    choice = uniform(options, settings, budget)
+    low = int(choice[0]) if len(choice) else 0
+    if low + 1 >= settings.num_candidates:
+        return choice
+    size = options.size * options.share[:, None]
+    left, step = budget - float(size[:, low].sum()), size[:, low + 1] - size[:, low]
+    fraction = left / float(step.sum())
+    due = torch.arange(1, len(choice) + 1, dtype=torch.float64) * fraction + 1e-9
+    raised = due.floor() > torch.cat([torch.zeros(1, dtype=torch.float64), due[:-1]]).floor()
+    raised &= (step * raised).cumsum(0) <= left
+    return choice + raised.long()
+
+
 def front_back(options: Options, settings: Settings, budget: float | None) -> Tensor:
     """The largest candidate from one end of the depth on, the smallest for the rest.
 
@@ -95,6 +112,7 @@ def honour_limits(choice: Tensor, options: Options) -> Tensor:
 
 TIERS: dict[str, Callable[[Options, Settings, float | None], Tensor]] = {
     "uniform": uniform,
+    "even": even,
     "front_back": front_back,
     "ratio": ratio,
     "threshold": threshold,

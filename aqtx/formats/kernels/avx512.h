@@ -212,7 +212,9 @@ TARGET void rows_stepped(const Packed& w, const Activations& x, float* y, int64_
 
 template <int KIND>
 void rows_avx512(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
-  (scale_step(w) == 16 ? rows_stepped<KIND, 16> : rows_stepped<KIND, 32>)(w, x, y, ldy, n0, n1);
+  if constexpr (KIND == 4)  // only NVFP4 has blocks of 16
+    if (scale_step(w) == 16) return rows_stepped<KIND, 16>(w, x, y, ldy, n0, n1);
+  rows_stepped<KIND, 32>(w, x, y, ldy, n0, n1);
 }
 
 template <int KIND>

@@ -81,11 +81,13 @@ void row_scales(const Packed& w, int64_t row, float* out) {
 
 // ---- portable ------------------------------------------------------------------------------------
 
-// 64 codes, one a byte, in decoder order: first halves of slabs as the vector kernels see them.
+// Where a quarter of 16 elements lies in decoder order.
+static INLINE int64_t place_of(int64_t quarter) { return quarter == 1 ? 2 : quarter == 2 ? 1 : quarter; }
+
+// 64 codes, one a byte, in decoder order.
 template <int BITS> static INLINE void unpack_super(const Packed& w, const uint8_t* row, int64_t s, uint8_t* code) {
-  auto at = [](int quarter) { return quarter == 1 ? 2 : quarter == 2 ? 1 : quarter; };  // decoder order
   for (int quarter = 0; quarter < 4; quarter++) {
-    uint8_t* out = code + 16 * at(quarter);
+    uint8_t* out = code + 16 * place_of(quarter);
     const int64_t first = kSuper * s + 16 * quarter;
     if (first >= w.padded()) {
       for (int j = 0; j < 16; j++) out[j] = 0;
@@ -135,24 +137,38 @@ template <int BITS> static INLINE void decode_super(const Packed& w, const uint8
   values_of(w, code, value);
 }
 
+// One row, dequantized, in decoder order.
+template <int BITS> static INLINE void scaled_row(const Packed& w, int64_t n, float* scales, float* values) {
+  const int64_t num_supers = supers(w.num_columns), step = scale_step(w);
+  row_scales(w, n, scales);
+  for (int64_t s = 0; s < num_supers; s++) {
+    decode_super<BITS>(w, w.codes + n * w.row_bytes, s, values + kSuper * s);
+    for (int quarter = 0; quarter < 4; quarter++) {
+      float* v = values + kSuper * s + 16 * place_of(quarter);
+      const int64_t k = kSuper * s + 16 * quarter;
+      const float scale = scales[k / step];
+      const float zero = w.zero && k < w.num_columns ? float(w.zero[n * w.num_blocks + k / w.block]) : 0.0f;
+      for (int j = 0; j < 16; j++) v[j] = (v[j] - zero) * scale;
+    }
+  }
+}
+
+struct Scratch {
+  std::vector<float> scales, values;
+  explicit Scratch(const Packed& w)
+      : scales(supers(w.num_columns) * (kSuper / scale_step(w)) + kSlack), values(supers(w.num_columns) * kSuper) {}
+};
+
 template <int BITS>
 static INLINE void rows_portable(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
-  const int64_t num_supers = supers(w.num_columns), step = scale_step(w), per_super = kSuper / step;
-  std::vector<float> scales(num_supers * per_super + kSlack), values(num_supers * kSuper);
+  Scratch scratch(w);
+  const float* values = scratch.values.data();
   for (int64_t n = n0; n < n1; n++) {
-    row_scales(w, n, scales.data());
-    for (int64_t s = 0; s < num_supers; s++) {
-      float* v = values.data() + kSuper * s;
-      decode_super<BITS>(w, w.codes + n * w.row_bytes, s, v);
-      const float* sc = scales.data() + per_super * s;
-      const float by16[4] = {sc[0], step == 16 ? sc[2] : sc[1], step == 16 ? sc[1] : sc[0], step == 16 ? sc[3] : sc[1]};
-      for (int part = 0; part < 4; part++)
-        for (int j = 0; j < 16; j++) v[16 * part + j] *= by16[part];
-    }
+    scaled_row<BITS>(w, n, scratch.scales.data(), scratch.values.data());
     for (int64_t m = 0; m < x.num_rows; m++) {
       const float* xm = x.f32 + m * x.columns;
       float acc[16] = {0};
-      for (int64_t k = 0; k < num_supers * kSuper; k += 16)
+      for (int64_t k = 0; k < x.columns; k += 16)
         for (int j = 0; j < 16; j++) acc[j] += values[k + j] * xm[k + j];
       float sum = 0;
       for (int j = 0; j < 16; j++) sum += acc[j];
@@ -161,10 +177,25 @@ static INLINE void rows_portable(const Packed& w, const Activations& x, float* y
   }
 }
 
+template <int BITS> static INLINE void floats_of_rows(const Packed& w, float* out, int64_t n0, int64_t n1) {
+  Scratch scratch(w);
+  for (int64_t n = n0; n < n1; n++, out += w.num_columns) {
+    scaled_row<BITS>(w, n, scratch.scales.data(), scratch.values.data());
+    for (int64_t first = 0; first < w.num_columns; first += 16) {
+      const float* v = scratch.values.data() + first / kSuper * kSuper + 16 * place_of(first / 16 % 4);
+      const int64_t left = w.num_columns - first;
+      for (int64_t j = 0; j < (left < 16 ? left : 16); j++) out[first + j] = v[j];
+    }
+  }
+}
+
 #define PORTABLE(BITS)                                                                                      \
   CLONES static void portable##BITS(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, \
                                     int64_t n1) {                                                           \
     rows_portable<BITS>(w, x, y, ldy, n0, n1);                                                              \
+  }                                                                                                         \
+  CLONES static void floats##BITS(const Packed& w, float* out, int64_t n0, int64_t n1) {                    \
+    floats_of_rows<BITS>(w, out, n0, n1);                                                                   \
   }
 PORTABLE(2) PORTABLE(3) PORTABLE(4) PORTABLE(6) PORTABLE(8)
 
@@ -201,14 +232,13 @@ void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, i
     auto run = w.bits == 2 ? rows_avx512<2> : w.bits == 3 ? rows_avx512<3> : w.bits == 4 ? rows_avx512<4>
              : w.bits == 6 ? rows_avx512<6> : w.mantissa_bits ? rows_avx512<80> : rows_avx512<8>;
     run(w, x, y, ldy, n0, n1);
-  } else
-#endif
-  {
-    auto run = w.bits == 2 ? portable2 : w.bits == 3 ? portable3 : w.bits == 4 ? portable4
-             : w.bits == 6 ? portable6 : portable8;
-    run(w, x, y, ldy, n0, n1);
+    if (w.zero) subtract_zeros(w, x, y, ldy, n0, n1);
+    return;
   }
-  if (w.zero) subtract_zeros(w, x, y, ldy, n0, n1);
+#endif
+  auto run = w.bits == 2 ? portable2 : w.bits == 3 ? portable3 : w.bits == 4 ? portable4
+           : w.bits == 6 ? portable6 : portable8;
+  run(w, x, y, ldy, n0, n1);
 }
 
 void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
@@ -217,4 +247,9 @@ void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
            : w.bits == 6 ? dequantize_avx512<6> : w.mantissa_bits ? dequantize_avx512<80> : dequantize_avx512<8>;
   run(w, out, n0, n1);
 #endif
+}
+
+void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1) {
+  auto run = w.bits == 2 ? floats2 : w.bits == 3 ? floats3 : w.bits == 4 ? floats4 : w.bits == 6 ? floats6 : floats8;
+  run(w, out, n0, n1);
 }

@@ -57,8 +57,9 @@ struct Activations {
   int64_t num_rows, columns;
 };
 void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1);
-// Dequantized rows n0..n1 as bf16, [n1 - n0, K].
+// Dequantized rows n0..n1, [n1 - n0, K]: bf16 with AVX-512 BF16 only, float32 everywhere.
 void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1);
+void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1);
 bool has_avx512_bf16();
 
 // Round-to-nearest of `rows` rows of K weights to an MX format: codes in the memory layout and E8M0 bytes.

@@ -13,6 +13,7 @@ static INLINE uint32_t widen(const uint16_t* p, int j) { return uint32_t(p[j]) <
 static INLINE uint32_t widen(const _Float16* p, int j) { return as_bits(float(p[j])); }
 
 static INLINE int exponent_byte(uint32_t amax, const MxTask& t) {
+  if (amax >= 0x7f800000) return 255;  // NaN or infinity: the caller looks for it
   const int max_exponent = int((as_bits(t.largest) >> 23)) - 127;
   int byte;
   if (t.rule == 2) {

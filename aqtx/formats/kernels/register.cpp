@@ -13,9 +13,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-// spec: bits, mantissa_bits, exponent_bias, scale kind, block
+// spec: bits (16: a plain tensor), mantissa_bits, exponent_bias, scale kind, block, has zero, has per-tensor scale
 using Spec = at::IntArrayRef;
-constexpr int64_t kSpecLength = 5;
+constexpr int64_t kSpecLength = 7;
 
 Packed describe(const Tensor& codes, const Tensor& scale, const Tensor* zero, const Tensor* per_tensor, Spec spec,
                 int64_t num_columns, int64_t expert) {
@@ -90,17 +90,21 @@ Tensor few_rows(const Tensor& x, const Packed& w, int64_t N) {
 }
 
 Tensor dequantized(const Packed& w, int64_t N, const at::TensorOptions& options) {
-  Tensor out = at::empty({N, w.num_columns}, options.dtype(at::kBFloat16));
-  uint16_t* to = (uint16_t*)out.data_ptr();
-  at::parallel_for(0, N, grain(w), [&](int64_t a, int64_t b) { dequantize_rows(w, to + a * w.num_columns, a, b); });
-  return out;
+  const bool fast = has_avx512_bf16() && options.dtype() == at::kBFloat16;
+  Tensor out = at::empty({N, w.num_columns}, options.dtype(fast ? at::kBFloat16 : at::kFloat));
+  at::parallel_for(0, N, grain(w), [&](int64_t a, int64_t b) {
+    if (fast) dequantize_rows(w, (uint16_t*)out.data_ptr() + a * w.num_columns, a, b);
+    else dequantize_rows(w, out.data_ptr<float>() + a * w.num_columns, a, b);
+  });
+  return out.to(options.dtype().toScalarType());
 }
 
-// Few rows: one fused pass over the packed weight. Many: dequantize to bf16 and multiply.
-constexpr int64_t kFewRows = 40;
+// Few rows: one fused pass over the packed weight. Many: dequantize and multiply.
+constexpr int64_t kFewRows = 32, kFewPortable = 8;
 
 Tensor product(const Tensor& x, const Packed& w, int64_t N) {
-  if (x.size(0) <= kFewRows || x.scalar_type() != at::kBFloat16 || !has_avx512_bf16()) return few_rows(x, w, N);
+  const bool fast = has_avx512_bf16() && x.scalar_type() == at::kBFloat16;
+  if (x.size(0) <= (fast ? kFewRows : kFewPortable)) return few_rows(x, w, N);
   return at::linear(x, dequantized(w, N, x.options()));
 }
 
@@ -115,34 +119,54 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const O
 }
 
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero, const OptionalTensor& per_tensor,
-                  Spec spec, int64_t num_columns) {
-  TORCH_CHECK(codes.dim() == 2 && has_avx512_bf16(), "aqtx: dequantize takes a matrix, on AVX-512 BF16");
-  return dequantized(describe(codes, scale, present(zero), present(per_tensor), spec, num_columns, 0), codes.size(0),
-                     codes.options());
+                  Spec spec, int64_t num_columns, at::ScalarType dtype) {
+  TORCH_CHECK(codes.dim() == 2, "aqtx: dequantize takes a matrix");
+  const Packed w = describe(codes, scale, present(zero), present(per_tensor), spec, num_columns, 0);
+  return dequantized(w, codes.size(0), codes.options().dtype(dtype));
 }
 
-// One bucket per format; parts hold [qdata, scale, zero, per_tensor] per bucket (empty: absent), a plain
-// bucket's weight as qdata. Only experts that have rows are read.
+struct Bucket {
+  Tensor codes, scale, zero, per_tensor;
+  Spec spec;
+};
+
+// One bucket per format. `parts` lists its tensors: codes (or the plain weight), scale, and what its spec says it has.
+std::vector<Bucket> buckets_of(at::TensorList parts, at::IntArrayRef specs) {
+  std::vector<Bucket> found;
+  size_t next = 0;
+  for (size_t at = 0; at < specs.size(); at += kSpecLength) {
+    Bucket b;
+    b.spec = specs.slice(at, kSpecLength);
+    b.codes = parts[next++];
+    if (b.spec[0] != 16) b.scale = parts[next++];
+    if (b.spec[5]) b.zero = parts[next++];
+    if (b.spec[6]) b.per_tensor = parts[next++];
+    found.push_back(b);
+  }
+  return found;
+}
+
+// Only experts that have rows are read.
 Tensor grouped(const Tensor& x, const Tensor& offsets, at::TensorList parts, at::IntArrayRef specs,
                at::IntArrayRef slots, int64_t num_outputs) {
-  const int64_t num_columns = x.size(1);
+  const std::vector<Bucket> buckets = buckets_of(parts, specs);
   const Tensor rows = x.contiguous(), ends = offsets.to(at::kLong).contiguous();
   Tensor out = at::empty({x.size(0), num_outputs}, x.options());
   for (int64_t expert = 0, start = 0; expert < ends.size(0); expert++) {
     const int64_t end = ends.const_data_ptr<int64_t>()[expert];
     if (end <= start) continue;
-    int64_t bucket = 0, slot = slots[expert];
-    while (slot >= parts[4 * bucket].size(0)) slot -= parts[4 * bucket++].size(0);
-    const Tensor& codes = parts[4 * bucket];
-    const Spec spec = specs.slice(kSpecLength * bucket, kSpecLength);
+    int64_t slot = slots[expert];
+    const Bucket* b = buckets.data();
+    while (slot >= b->codes.size(0)) slot -= (b++)->codes.size(0);
     const Tensor mine = rows.narrow(0, start, end - start);
     Tensor target = out.narrow(0, start, end - start);
-    if (spec[0] == 16) {
-      at::mm_out(target, mine, codes.select(0, slot).to(x.scalar_type()).t());
+    if (b->spec[0] == 16) {
+      at::mm_out(target, mine, b->codes.select(0, slot).to(x.scalar_type()).t());
     } else {
-      auto part = [&](int64_t i) { return parts[4 * bucket + i].numel() ? &parts[4 * bucket + i] : nullptr; };
-      target.copy_(product(mine, describe(codes, parts[4 * bucket + 1], part(2), part(3), spec, num_columns, slot),
-                           num_outputs));
+      const Tensor* zero = b->zero.defined() ? &b->zero : nullptr;
+      const Tensor* per_tensor = b->per_tensor.defined() ? &b->per_tensor : nullptr;
+      const Packed w = describe(b->codes, b->scale, zero, per_tensor, b->spec, x.size(1), slot);
+      target.copy_(product(mine, w, num_outputs));
     }
     start = end;
   }
@@ -174,7 +198,7 @@ bool fast() { return has_avx512_bf16(); }
 
 TORCH_LIBRARY(aqtx_cpu, m) {
   m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? per_tensor, int[] spec, int num_columns) -> Tensor");
-  m.def("dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? per_tensor, int[] spec, int num_columns) -> Tensor");
+  m.def("dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? per_tensor, int[] spec, int num_columns, ScalarType dtype) -> Tensor");
   m.def("grouped(Tensor x, Tensor offsets, Tensor[] parts, int[] specs, int[] slots, int num_outputs) -> Tensor");
   m.def("quantize_mx(Tensor weight, int[] spec, float largest, int rule, int row_bytes) -> (Tensor, Tensor)");
   m.def("fast() -> bool", fast);

@@ -1,0 +1,1 @@
+"""Training the routers alone, through quantized experts, to repair what rounding did to routing."""

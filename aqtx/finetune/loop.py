@@ -1,0 +1,154 @@
+"""The training loop: AdamW over the routers, warm-up, clipping, best held-out step kept, early stop."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqtx.finetune.losses import LossWeights
+from aqtx.finetune.routed import Routed
+
+_COMPILE_PAYS_AFTER = 120.0  # seconds of eager training still to come for which compiling is tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast."""
+
+    learning_rate: float
+    weight_decay: float
+    epochs: float
+    batch_size: int
+    warmup_fraction: float
+    clip_norm: float
+    checks: int  # times that held-out text is looked at
+    patience: int  # checks without improvement before it stops
+    compile: str  # "auto", "on", "off"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Routers at their best held-out step, and how it went."""
+
+    weights: dict[str, Tensor]
+    curve: list[dict[str, Any]]
+    best_step: int
+    steps: int
+    stopped_early: bool
+    compiled: bool
+
+
+class Trainer:
+    """One run over given sequences."""
+
+    def __init__(self, student: Routed, teacher: Routed | None, loss: LossWeights, schedule: Schedule) -> None:
+        self.student, self.teacher, self.loss, self.schedule = student, teacher, loss, schedule
+        self.compiled = schedule.compile == "on"
+        self._objective: Callable[[dict[str, Tensor], Tensor], Tensor] = self._eager
+        if self.compiled:
+            self._objective = torch.compile(self._eager, dynamic=False)
+
+    def objective(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+        """The loss of each sequence, [B]."""
+        return self._objective(weights, ids)
+
+    def _eager(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = self.teacher(ids) if self.teacher is not None else None
+        return self.loss(self.student(ids, weights), expected, ids)
+
+    @torch.no_grad()
+    def held_out(self, weights: dict[str, Tensor], ids: Tensor) -> float:
+        """Mean objective over sequences."""
+        parts = [self.objective(weights, batch) for batch in ids.split(self.schedule.batch_size)]
+        return float(torch.cat(parts).mean())
+
+    def train(
+        self,
+        start: dict[str, Tensor],
+        training: Tensor,
+        validation: Tensor,
+        *,
+        seed: int,
+        progress: Callable[..., Iterable[int]],
+    ) -> Trained:
+        """Train from `start` (float32, by weight name) on sequences [n, S]; step 0 counts as a candidate."""
+        weights = {name: value.clone().requires_grad_() for name, value in start.items()}
+        batches = list(_batches(len(training), self.schedule, seed))
+        optimizer = torch.optim.AdamW(
+            weights.values(), lr=self.schedule.learning_rate, weight_decay=self.schedule.weight_decay
+        )
+        shape = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(len(batches), self.schedule))
+        every = max(1, len(batches) // self.schedule.checks)
+        best = _Best(start, self.held_out(weights, validation))
+        curve: list[dict[str, Any]] = [{"step": 0, "training": None, "validation": best.value}]
+        losses: list[float] = []
+        for step in progress(range(1, len(batches) + 1), description="finetune_router"):
+            began = time.perf_counter()
+            losses.append(self._step(weights, training[batches[step - 1]], optimizer))
+            shape.step()
+            if step == 2:  # the first step pays for allocations
+                self._maybe_compile(time.perf_counter() - began, len(batches) - step)
+            if step % every == 0 or step == len(batches):
+                value = self.held_out(weights, validation)
+                curve.append({"step": step, "training": sum(losses) / len(losses), "validation": value})
+                losses.clear()
+                best.offer(weights, value, step)
+                if best.misses >= self.schedule.patience:
+                    break
+        early = int(curve[-1]["step"]) < len(batches)
+        return Trained(best.weights, curve, best.step, int(curve[-1]["step"]), early, self.compiled)
+
+    def _step(self, weights: dict[str, Tensor], ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = self.objective(weights, ids).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), self.schedule.clip_norm)
+        optimizer.step()
+        return float(loss.detach())
+
+    def _maybe_compile(self, seconds: float, steps_left: int) -> None:
+        if self.schedule.compile == "auto" and seconds * steps_left > _COMPILE_PAYS_AFTER:
+            self._objective, self.compiled = torch.compile(self._eager, dynamic=False), True
+
+
+class _Best:
+    """The weights of the lowest held-out loss."""
+
+    def __init__(self, weights: dict[str, Tensor], value: float) -> None:
+        self.weights, self.value, self.step, self.misses = weights, value, 0, 0
+
+    def offer(self, weights: dict[str, Tensor], value: float, step: int) -> None:
+        if value < self.value:
+            self.weights = {name: copy.deepcopy(weight.detach()) for name, weight in weights.items()}
+            self.value, self.step, self.misses = value, step, 0
+        else:
+            self.misses += 1
+
+
+def _batches(count: int, schedule: Schedule, seed: int) -> Iterator[Tensor]:
+    """Indices of sequences, each epoch in a seeded order of its own; a last short batch is left out."""
+    source = torch.Generator().manual_seed(seed)
+    left = round(schedule.epochs * max(1, count // schedule.batch_size))
+    while left > 0:
+        order = torch.randperm(count, generator=source).split(schedule.batch_size)
+        whole = [batch for batch in order if len(batch) == schedule.batch_size] or [order[0]]
+        yield from whole[:left]
+        left -= len(whole)
+
+
+def _warmup_then_cosine(steps: int, schedule: Schedule) -> Callable[[int], float]:
+    """Linear to 1, then a half cosine to a tenth."""
+    warmup = max(1, round(schedule.warmup_fraction * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+    return factor

@@ -1,0 +1,135 @@
+"""`finetune_router`: train the unfrozen routers so that routing fits the quantized experts."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aqtx.errors import InputError
+from aqtx.evaluate.statistics import bootstrap_ratio
+from aqtx.finetune.frozen import Frozen
+from aqtx.finetune.loop import Schedule, Trainer
+from aqtx.finetune.losses import LossWeights
+from aqtx.finetune.measure import Routing, measure_routing
+from aqtx.finetune.routed import routed, router_sites
+from aqtx.program import Program, Site
+from aqtx.registry import Changes, Context, Pass, register
+
+
+@register("finetune_router")
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRouter(Pass):
+    """Train the unfrozen routers on calibration text, through the quantized experts and activations.
+
+    x -> router{trainable} -> top-k -> experts(codes) -> logits, loss against the text or the unquantized model
+
+    A share of the calibration sequences is held out; the routers of its best step are kept, which is step 0 where
+    training does not help. All other tensors are compared by hash before and after.
+
+    Fields:
+        cross_entropy, logits, router: weights of the three losses (see `aqtx.finetune.losses`).
+        validation_fraction: share of the sequences that is held out.
+        compile: `auto` compiles where two minutes or more of training are left after the first steps.
+    """
+
+    requires = ("unfreeze_router",)
+
+    cross_entropy: float = 0.0
+    logits: float = 1.0
+    router: float = 0.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    epochs: float = 4.0
+    batch_size: int = 4
+    warmup_fraction: float = 0.1
+    clip_norm: float = 1.0
+    validation_fraction: float = 0.2
+    checks: int = 12
+    patience: int = 4
+    compile: Literal["auto", "on", "off"] = "auto"
+
+    def validate(self) -> list[str]:
+        """Numbers must make sense, and some loss must count."""
+        problems = [
+            f"{name} must be more than 0, it is {getattr(self, name)}"
+            for name in ("learning_rate", "epochs", "batch_size", "clip_norm", "checks", "patience")
+            if not getattr(self, name) > 0
+        ]
+        if min(self.cross_entropy, self.logits, self.router) < 0 or self._loss == LossWeights(0, 0, 0):
+            problems.append("the weights cross_entropy, logits and router must not be negative, and one more than 0")
+        if not 0 < self.validation_fraction < 1:
+            problems.append(f"validation_fraction must lie between 0 and 1, it is {self.validation_fraction}")
+        return problems
+
+    @property
+    def _loss(self) -> LossWeights:
+        return LossWeights(self.cross_entropy, self.logits, self.router)
+
+    def find(self, program: Program) -> list[Site]:
+        """What `unfreeze_router` marked."""
+        return [site for site in program.sites() if site.get("trainable")]
+
+    def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
+        """Train, keep the best step, and prove that nothing else changed."""
+        if not sites:
+            raise InputError("no router is unfrozen: this model has none, or `unfreeze_router` refused them all")
+        training, validation = self._split(context.calibration().to(context.device), context.seed)
+        frozen = Frozen.of(program, except_for=[site.weight for site in sites])
+        student, teacher = routed(program, rounded=True), routed(program, rounded=False)
+        num_chosen = int(program.config["num_experts_per_tok"])
+        reference, before = (measure_routing(model, validation, num_chosen) for model in (teacher, student))
+        start = {site.weight: program.read(site).to(context.device) for site in sites}
+        trainer = Trainer(student, teacher if self._loss.needs_teacher else None, self._loss, self._schedule())
+        with torch.enable_grad():
+            found = trainer.train(start, training, validation, seed=context.seed, progress=context.progress)
+        after = measure_routing(student, validation, num_chosen, found.weights)
+        for site in sites if found.best_step else []:
+            program.weights.put(site.weight, found.weights[site.weight].to(program.dtype).cpu())
+        frozen.check(program)
+        details = {
+            **self._layers(program, reference, before, after),
+            "curve": found.curve,
+            "best_step": found.best_step,
+            "steps": found.steps,
+            "stopped_early": found.stopped_early,
+            "compiled": found.compiled,
+            "tensors_unchanged": len(frozen.digests),
+            **_losses(reference, before, after, context.seed),
+        }
+        return Changes(changed=[site.name for site in sites] if found.best_step else [], details=details)
+
+    def _schedule(self) -> Schedule:
+        names = Schedule.__dataclass_fields__
+        return Schedule(**{name: getattr(self, name) for name in names})
+
+    def _split(self, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Training and held-out sequences, drawn by the seed."""
+        num_held = round(self.validation_fraction * len(ids))
+        if not 0 < num_held < len(ids):
+            raise InputError(
+                f"{len(ids)} calibration sequences cannot be split for validation_fraction {self.validation_fraction}"
+            )
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        return ids[order[num_held:]], ids[order[:num_held]]
+
+    def _layers(self, program: Program, reference: Routing, before: Routing, after: Routing) -> dict[str, Any]:
+        shifts = zip(before.shift_from(reference), after.shift_from(reference), strict=True)
+        loads = zip(before.loads(), after.loads(), strict=True)
+        rows = [
+            {"layer": site.layer, "shift_before": old, "shift_after": new, "load_before": a, "load_after": b}
+            for site, (old, new), (a, b) in zip(router_sites(program), shifts, loads, strict=True)
+        ]
+        return {"layers": rows}
+
+
+def _losses(reference: Routing, before: Routing, after: Routing, seed: int) -> dict[str, Any]:
+    """Held-out next-token losses in nats per token, and the paired change that training made."""
+    ones = np.ones(len(before.losses))
+    means = {
+        name: float(routing.losses.mean())
+        for name, routing in (("unquantized", reference), ("before", before), ("after", after))
+    }
+    change = bootstrap_ratio(after.losses - before.losses, ones, seed=seed)
+    return {"held_out_loss": {**means, "change": change.to_json(), "num_sequences": len(ones)}}
