@@ -39,7 +39,7 @@ def _back_to(reader: fx.Node, place: int, targets: tuple[object, ...], block: in
             return node
         source = node.args[3] if node.target is aten.index_copy_.default else node.args[0] if node.args else None
         if isinstance(source, fx.Node) and node.target in _RESHAPES and not moves_blocks(node, source, block):
-            raise Unproven(f"a block of {block} does not lie within the {width(source)} columns before {described(node)}")
+            raise Unproven(f"a block of {block} does not lie in the {width(source)} columns before {described(node)}")
         if not isinstance(source, fx.Node) or not moves_blocks(node, source, block):
             raise Unproven(f"{described(node)} stands between the rotation and the linear before it")
         reader, node = node, source

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import aqtx
-from aqtx.commands import Command, apply, check, eval, export, generate, ls, plan, report
+from aqtx.commands import Command, apply, check, eval, export, generate, ls, plan, report, study
 from aqtx.errors import InputError, nearest
 
 COMMANDS: tuple[Command, ...] = (
     apply.COMMAND,
     plan.COMMAND,
+    study.COMMAND,
     check.COMMAND,
     eval.COMMAND,
     report.COMMAND,

@@ -10,7 +10,7 @@ from aqtx.changes import Rotate
 from aqtx.program import Program
 from aqtx.residual import Stream
 from aqtx.rotation import input_rotation
-from aqtx.rowwise import Unproven, bias_name, is_hadamard, weight_name
+from aqtx.rowwise import Unproven, bias_name, weight_name
 from aqtx.structure import nodes_reading
 
 
@@ -81,8 +81,8 @@ def fuse_heads(program: Program, reader: fx.Node) -> Fusion:
 
 
 def recorded_rotation(program: Program, reader: fx.Node) -> Rotate | None:
-    """The rotation that stands directly on a linear's input, as its edit describes it."""
-    if not is_hadamard(reader.args[0]):
+    """The rotation on a linear's input, as its edit describes it."""
+    if input_rotation(reader) is None:
         return None
     weight = weight_name(reader)
     edits = [edit for edit in program.edits if edit["edit"] == "hadamard" and edit["weight"] == weight]

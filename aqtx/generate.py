@@ -35,7 +35,7 @@ class Generator:
         for row, prompt in zip(ids, prompts, strict=True):
             row[width - len(prompt) :] = torch.tensor(prompt)
         start = torch.tensor([width - len(prompt) for prompt in prompts], device=self._device)
-        cache = self._make_cache(len(prompts), width + max_new_tokens)
+        cache = self.make_cache(len(prompts), width + max_new_tokens)
         pos = torch.arange(width, device=self._device)
         made: list[list[int]] = [[] for _ in prompts]
         live = set(range(len(prompts)))
@@ -51,7 +51,8 @@ class Generator:
                 break
         return made
 
-    def _make_cache(self, batch: int, slots: int) -> list[Tensor]:
+    def make_cache(self, batch: int, slots: int) -> list[Tensor]:
+        """An empty cache for `batch` sequences of up to `slots` tokens."""
         return [
             torch.zeros(batch, heads, slots, size, dtype=self._dtype, device=self._device)
             for heads, size in self._heads

@@ -19,7 +19,7 @@ from aqtx.recipe import Recipe
 from aqtx.registry import Context, Pass
 from aqtx.runner import program_of, recipe_context
 
-_PLANNING = ("annotate_alpha", "annotate_error", "assign_plan")
+_PLANNING = ("annotate_alpha", "annotate_error", "annotate_hessian", "annotate_fisher", "annotate_trial", "assign_plan")
 _GAUSSIAN_ROWS = 128
 
 

@@ -15,6 +15,7 @@ from aqtx.errors import InputError, nearest
 from aqtx.overrides import apply_overrides, parse_overrides, parse_yaml
 from aqtx.registry import Pass, build
 from aqtx.schema import join, parse_fields, plain
+from aqtx.study.spec import StudySpec
 from aqtx.text import CalibrationSpec
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
@@ -65,6 +66,7 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     evaluate: EvaluateSpec | None = None
     report: bool = True
+    study: StudySpec | None = None  # read by `aqtx study` only
 
     def resolved(self) -> dict[str, Any]:
         """Every value with its default written out; without the output path, so that equal runs read equal anywhere."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from aqtx.rowwise import Unproven, aten, described, is_hadamard, is_linear, is_rowwise, only_shape, read_only_by, width
+from aqtx.rowwise import Unproven, aten, described, is_inserted, is_linear, is_rowwise, only_shape, read_only_by, width
 
 NORM = aten.rms_norm.default
 
@@ -24,7 +24,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
     for user in node.users:
         if is_linear(user) and user.args[0] is node:
             found.append(user)
-        elif is_hadamard(user) or (not only_shape(user, node) and is_rowwise(user, node)):
+        elif is_inserted(user) or (not only_shape(user, node) and is_rowwise(user, node)):
             found += readers(user)
         elif not only_shape(user, node):
             raise Unproven(f"{described(user)} reads it, which is no linear")
@@ -53,7 +53,7 @@ def writers(node: fx.Node, reader: fx.Node) -> list[fx.Node]:
 def is_sum(node: fx.Node) -> bool:
     """Whether a node adds two values of one width."""
     both = all(isinstance(value, fx.Node) and width(value) == width(node) for value in node.args[:2])
-    return node.target is aten.add.Tensor and both and node.kwargs.get("alpha", 1) == 1
+    return node.target is aten.add.Tensor and both and "alpha" not in node.kwargs
 
 
 @dataclass

@@ -9,7 +9,7 @@ from aqtx.errors import InputError
 from aqtx.program import Program, Site
 from aqtx.residual import residual_stream
 from aqtx.rowwise import Unproven, is_hadamard
-from aqtx.structure import activation_ops
+from aqtx.structure import inserted_ops
 
 
 def check_plain(program: Program, weights: Iterable[str]) -> None:
@@ -27,10 +27,7 @@ def check_plain(program: Program, weights: Iterable[str]) -> None:
 
 def input_rotation(node: fx.Node) -> fx.Node | None:
     """The rotation on a linear's input, before the quantization of activations, if there is one."""
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.target in activation_ops():
-        source = source.args[0]
-    return source if isinstance(source, fx.Node) and is_hadamard(source) else None
+    return next((inserted for inserted in inserted_ops(node) if is_hadamard(inserted)), None)
 
 
 def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
@@ -49,5 +46,6 @@ def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
             raise InputError(f"before: `residual` is refused: {reason}") from None
         chosen |= {site.name for site in sites.values() if site.node in readers}
     if "plan" in selectors:
-        chosen |= {site.name for site in sites.values() if site.get("rotation") is not None}
+        planned = {site.weight for site in sites.values() if site.get("rotation") is not None}
+        chosen |= {site.name for site in sites.values() if site.weight in planned}  # a stack has one input
     return [site for name, site in sites.items() if name in chosen]

@@ -31,6 +31,13 @@ def is_hadamard(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is OP
 
 
+def is_inserted(node: fx.Node) -> bool:
+    """Whether a node is a rotation or a quantization that an edit put before a linear."""
+    from aqtx.structure import activation_ops
+
+    return is_hadamard(node) or node.target in activation_ops()
+
+
 def described(node: fx.Node) -> str:
     """An op and the node's name, as a refusal names it."""
     return f"{node.target} ({node.name})"
@@ -38,8 +45,8 @@ def described(node: fx.Node) -> str:
 
 def width(node: fx.Node) -> int | None:
     """Size of the last dimension, None where it is unknown or not a tensor's."""
-    shape = getattr(node.meta.get("val"), "shape", ())
-    return shape[-1] if len(shape) and isinstance(shape[-1], int) else None
+    shape = tuple(getattr(node.meta.get("val"), "shape", ()))
+    return shape[-1] if shape and isinstance(shape[-1], int) else None
 
 
 def _rank(node: fx.Node) -> int:
@@ -71,7 +78,9 @@ def _leading_index(node: fx.Node, source: fx.Node) -> bool:
 def _row_scale(node: fx.Node, source: fx.Node) -> bool:
     """Times a number, or a tensor with one number per row."""
     other = node.args[1] if node.args[0] is source else node.args[0]
-    return not isinstance(other, fx.Node) or (other is not source and width(other) in (1, None) and _same_width(node, source))
+    if not isinstance(other, fx.Node):
+        return True
+    return other is not source and width(other) in (1, None) and _same_width(node, source)
 
 
 def _always(node: fx.Node, source: fx.Node) -> bool:
@@ -79,8 +88,9 @@ def _always(node: fx.Node, source: fx.Node) -> bool:
 
 
 ROWWISE: dict[object, Callable[[fx.Node, fx.Node], bool]] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.view_as.default, aten.flatten.using_ints), _same_width),
-    **dict.fromkeys((aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default), _same_width),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.view_as.default), _same_width),
+    **dict.fromkeys((aten.flatten.using_ints, aten.unflatten.int, aten.expand.default), _same_width),
+    **dict.fromkeys((aten.unsqueeze.default, aten.squeeze.dim), _same_width),
     **dict.fromkeys((aten.contiguous.default, aten.clone.default, aten.alias.default, aten.dropout.default), _always),
     aten.to.dtype: _same_width,
     aten.index.Tensor: _leading_index,

@@ -57,11 +57,39 @@ def activation_ops() -> tuple[Any, ...]:
     return torch.ops.aqtx.quantize_activation.default, torch.ops.aqtx.quantize_activation_grouped.default
 
 
+def inserted_ops(node: fx.Node) -> list[fx.Node]:
+    """The nodes that edits put before a linear, first to last: its rotation, then its quantization."""
+    from aqtx.rotation_op import OP
+
+    chain: list[fx.Node] = []
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.target in (OP, *activation_ops()):
+        chain.insert(0, source)
+        source = source.args[0]
+    return chain
+
+
+def replace_inserted(node: fx.Node, steps: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Put other ops before a linear than stand there; nodes that nothing reads any more go."""
+    chain = inserted_ops(node)
+    if chain:
+        node.replace_input_with(chain[-1], chain[0].args[0])  # type: ignore[arg-type]
+    for op, arguments in steps:
+        insert_on_input(node, op, arguments)
+    for old in reversed(chain):
+        if not old.users:
+            node.graph.erase_node(old)
+
+
+def _steps(node: fx.Node) -> list[tuple[Any, tuple[Any, ...]]]:
+    return [(old.target, old.args[1:]) for old in inserted_ops(node)]
+
+
 def quantize_activation(graph_module: fx.GraphModule, edit: Edit) -> None:
     """Quantize the input of a weight's nodes per token; `formats` has one name per expert, or one."""
     alike, grouped = activation_ops()
+    formats = edit["formats"]
     for node in nodes_reading(graph_module.graph, edit["weight"]):
-        formats = edit["formats"]
         if len(set(formats)) == 1:
             insert_on_input(node, alike, (formats[0],))
         else:
@@ -78,16 +106,7 @@ def hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
     blank = buffers(edit["block"], edit["seed"], torch.float32)
     matrices = tuple(get_attr(graph_module, name, value) for name, value in blank.items())
     for node in nodes_reading(graph_module.graph, edit["weight"]):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if source.target not in activation_ops():
-            insert_on_input(node, OP, matrices)
-            continue
-        node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
-        insert_on_input(node, OP, matrices)
-        insert_on_input(node, source.target, source.args[1:])
-        if not source.users:
-            graph_module.graph.erase_node(source)
+        replace_inserted(node, [(OP, matrices), *_steps(node)])
 
 
 def remove_hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
@@ -95,11 +114,7 @@ def remove_hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
     from aqtx.rotation_op import OP
 
     for node in nodes_reading(graph_module.graph, edit["weight"]):
-        rotation = node.args[0]
-        if isinstance(rotation, fx.Node) and rotation.target is OP:
-            node.replace_input_with(rotation, rotation.args[0])  # type: ignore[arg-type]
-            if not rotation.users:
-                graph_module.graph.erase_node(rotation)
+        replace_inserted(node, [step for step in _steps(node) if step[0] is not OP])
     for node in [node for node in graph_module.graph.nodes if node.op == "get_attr" and not node.users]:
         graph_module.graph.erase_node(node)
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from aqtx.categories import category_of
 from aqtx.program import Program, weight_node
+from aqtx.structure import activation_ops
 
 _PROBE_SHAPE = (2, 32)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +79,9 @@ class ProbeInterpreter(fx.Interpreter):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Arguments loaded, and dtypes and devices those of the probe."""
+        """Arguments loaded, and dtypes and devices those of the probe; activations are not rounded."""
+        if target in activation_ops():
+            return args[0]
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._argument)
         return target(*args, **kwargs)
 

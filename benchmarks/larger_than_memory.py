@@ -30,7 +30,7 @@ RECIPE = {
     "version": 1,
     "seed": 0,
     "passes": [
-        {"annotate_alpha": {"spectra": "farms"}},
+        {"annotate_alpha": {"spectra": "farms", "raw": False}},
         {
             "assign_plan": {
                 "method": "alpha",

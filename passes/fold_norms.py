@@ -91,4 +91,5 @@ def _refuse_shared(plan: dict[str, list[str]], changes: Changes) -> None:
     count = Counter(weight for weights in plan.values() for weight in weights)
     for gain in [gain for gain, weights in plan.items() if any(count[weight] > 1 for weight in weights)]:
         del plan[gain]
-        changes.refused.append(Refusal(gain, "its gain cannot be folded: a weight behind it is read behind another norm too"))
+        why = "its gain cannot be folded: a weight behind it is read behind another norm too"
+        changes.refused.append(Refusal(gain, why))

@@ -43,8 +43,9 @@ class FuseHadamard(Pass):
         left = [node for node in program.graph.nodes if is_hadamard(node)]
         for node in rotated:
             if input_rotation(node) is not None:
-                changes.refused.append(Refusal(f"hadamard before {weight_name(node)}", f"stays a node: {reasons[node]}"))
-        fused = Counter({kind: 0 for kind in ("residual", "heads")})
+                place, why = f"hadamard before {weight_name(node)}", f"stays a node: {reasons[node]}"
+                changes.refused.append(Refusal(place, why))
+        fused = Counter(dict.fromkeys(("residual", "heads"), 0))
         for fusion in fusions:
             fused[fusion.kind] += len(fusion.readers)
         changes.details = {"fused": dict(fused), "online_nodes": len(left)}

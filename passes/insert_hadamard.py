@@ -43,7 +43,7 @@ class InsertHadamard(Pass):
         """The block's order and the seed."""
         problems = []
         if isinstance(self.block, int) and (self.block < 2 or not is_order(self.block)):
-            problems.append(f"block: no Hadamard matrix of order {self.block} is known; take 16, 32, 64, 128, full or head")
+            problems.append(f"block: no Hadamard matrix of order {self.block} is known; take 16 to 128, full or head")
         if not self.before:
             problems.append("before: names no site")
         return problems

@@ -135,21 +135,23 @@ def test_blocks_beyond_the_limit_are_evenly_spaced() -> None:
     assert farms_blocks(torch.zeros(255, 300)).shape == (2, 128, 128)
 
 
-def brute_ks(lam: np.ndarray) -> int:
-    """The tail of least Kolmogorov-Smirnov distance, tried one by one."""
-    r, best = len(lam), (float("inf"), 0)
-    for k in range(10, r):
-        alpha = 1 + k / np.log(lam[-k:] / lam[-k - 1]).sum()
-        distance = np.abs(1 - (lam[-k:] / lam[-k - 1]) ** (1 - alpha) - np.arange(1, k + 1) / k).max()
-        best = min(best, (distance, k))
-    return best[1]
+def brute_ks(lam: np.ndarray) -> tuple[int, float]:
+    """The tail of least Kolmogorov-Smirnov distance, tried one by one as WeightWatcher 0.7.7 does."""
+    r, best = len(lam), (float("inf"), 0, 0.0)
+    for i in range(r - 1):
+        n = r - i
+        alpha = 1 + n / (np.log(lam[i:]).sum() - n * np.log(lam[i]))
+        distance = np.abs(1 - (lam[i:] / lam[i]) ** (1 - alpha) - np.arange(n) / n).max()
+        best = min(best, (distance, n - 1, alpha))
+    return best[1:]
 
 
 def test_threshold_rules() -> None:
     W = spiked(120, 200, 5)
     lam = np.sort(np.linalg.svd(W.double().numpy(), compute_uv=False) ** 2)
     found = {rule: analyze(W, threshold=rule, precise=True).k_used[0] for rule in ("k_fraction", "xmin_mid", "ks")}
-    assert found == {"k_fraction": 12, "xmin_mid": 60, "ks": brute_ks(lam)}
+    assert found == {"k_fraction": 12, "xmin_mid": 60, "ks": brute_ks(lam)[0]}
+    assert float(analyze(W, threshold="ks", precise=True).alpha[0]) == pytest.approx(brute_ks(lam)[1], rel=1e-9)
     peak_k = analyze(W, threshold="xmin_peak", precise=True).k_used[0]
     counts, edges = np.histogram(np.log10(lam), 100)
     left = 10 ** edges[counts.argmax()]

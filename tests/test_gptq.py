@@ -8,7 +8,16 @@ from aqtx.formats import names, parse, quantize
 from aqtx.numerics.cholesky import factor
 from aqtx.numerics.gptq import Options, gptq, row_errors, solve
 
-EXTRA = ["int4_asym", "int2_asym", "int8_row", "int4_g32", "int4_row_asym", "mxfp4@search", "mxfp4@even", "nvfp4@search"]
+EXTRA = [
+    "int4_asym",
+    "int2_asym",
+    "int8_row",
+    "int4_g32",
+    "int4_row_asym",
+    "mxfp4@search",
+    "mxfp4@even",
+    "nvfp4@search",
+]
 FORMATS = [*names(), *EXTRA]
 
 
@@ -121,7 +130,9 @@ def test_block_size_and_batch_do_not_matter() -> None:
 def test_act_order_helps_where_channels_differ() -> None:
     W = weights(64, 256)
     H = moment(2000, 256) * torch.outer(*[torch.logspace(0, -2, 256)[torch.randperm(256)]] * 2)
-    plain, ordered = (exact_errors(W, gptq(W, H, "int4", order=o).dequantize(), H).sum() for o in ("none", "activation"))
+    plain, ordered = (
+        exact_errors(W, gptq(W, H, "int4", order=o).dequantize(), H).sum() for o in ("none", "activation")
+    )
     assert ordered < plain
 
 

@@ -75,7 +75,10 @@ def test_report_has_a_row_for_every_matrix(reference, ids) -> None:
     rows = reference[1].details["sites"]
     assert len(rows) == len(reference[0].codes)
     assert all(row["error_after"] <= row["error_before"] for row in rows)
-    assert sum(row["tokens"] for row in rows if "layers.0.mlp.experts" in row["site"] and "gate_proj" in row["site"]) == 2 * ids.numel()
+    assert (
+        sum(row["tokens"] for row in rows if "layers.0.mlp.experts" in row["site"] and "gate_proj" in row["site"])
+        == 2 * ids.numel()
+    )
     assert all(row["damping"] == 0.01 for row in rows)
     assert reference[1].details["peak_memory_bytes"] > 0
     json.dumps(reference[1].details)
@@ -163,7 +166,9 @@ def test_killed_and_resumed_gives_the_same_bytes(checkpoint, ids, tmp_path, afte
     run(unbroken, ids)
     work = tmp_path / "work"
     work.mkdir()
-    process = subprocess.Popen([sys.executable, __file__, str(checkpoint), str(work)], env={**os.environ, "PYTHONPATH": "."})
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(checkpoint), str(work)], env={**os.environ, "PYTHONPATH": "."}
+    )
     while process.poll() is None and len(records(work)) < after:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

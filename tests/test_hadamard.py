@@ -16,8 +16,8 @@ def test_known_matrices_are_hadamard():
     assert [n for n in range(4, 100, 4) if n not in orders] == [52, 92]  # these need prime powers or a search
     wrong = []
     for n in orders:
-        H = matrix(n)
-        if not torch.equal(H @ H.T, n * torch.eye(n, dtype=torch.float64)) or not torch.equal(H.abs(), torch.ones_like(H)):
+        H, eye = matrix(n), torch.eye(n, dtype=torch.float64)
+        if not torch.equal(H @ H.T, n * eye) or not torch.equal(H.abs(), torch.ones_like(H)):
             wrong.append(n)
     assert wrong == []
 
@@ -38,7 +38,9 @@ def test_full_width_keeps_lengths_and_comes_back(width):
         assert (hadamard(y, None, seed=seed, inverse=True) - x).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("width", "blocks"), [(1408, (16, 32, 64, 128)), (5632, (16, 128)), (10944, (16, 64)), (14336, (128,))])
+@pytest.mark.parametrize(
+    ("width", "blocks"), [(1408, (16, 32, 64, 128)), (5632, (16, 128)), (10944, (16, 64)), (14336, (128,))]
+)
 def test_blocks_turn_only_their_own_columns(width, blocks):
     for block in blocks:
         x = torch.zeros(width, dtype=torch.float64)

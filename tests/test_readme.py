@@ -97,7 +97,7 @@ def test_the_quickstart_keeps_its_promises(quickstart):
     stored = sum(path.stat().st_size for path in quickstart.directory.glob("*.safetensors"))
     assert 0 <= stored - data["bytes"]["after"] < 0.02 * stored  # the file's headers are the difference
     assert data["average_bits_model"] == pytest.approx(data["bytes"]["after"] * 8 / data["weights"]["total"])
-    assert data["seconds"] < 300
+    assert quickstart.cpu_seconds < 300  # processor time: the machine may be busy with other things
     assert data["peak_memory_bytes"] < 3e9
     assert (quickstart.directory / "report.html").stat().st_size > 100_000
     assert len(list((quickstart.directory / "figures").glob("*.png"))) >= 8

@@ -9,13 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from aqtx.errors import InputError
-from aqtx.report import write_report
+from aqtx.report import write_comparison, write_report
 from aqtx.report.canvas import save_figure
 from aqtx.report.data import read_run
 from aqtx.report.figures_maps import draw_grids, layer_map
 from aqtx.report.fits import all_fits
 from aqtx.report.numbers import decimal, interval, megabytes
-from aqtx.report.write import PARTS
+from aqtx.report.parts import PARTS
 
 LAYERS, EXPERTS, COLUMNS = (
     3,
@@ -125,7 +125,7 @@ def test_numbers_of_the_data_stand_in_the_tables(run_folder):
         "40.0 % of before",
         "20.00 [19.99, 20.01]",
         "+0.0500 [+0.0400, +0.0600]",
-        "kept by name",
+        "<td>kept</td>",
         "2.13.0",
     ):
         assert words in page, words
@@ -148,7 +148,7 @@ def quick_figures(monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
 
-    monkeypatch.setattr("aqtx.report.write.save_figure", save)
+    monkeypatch.setattr("aqtx.report.parts.save_figure", save)
 
 
 @pytest.mark.parametrize("missing", ["report.json", "plan.json", "alpha.csv", "study.json"])
@@ -210,3 +210,20 @@ def test_a_map_of_equal_values_has_one_colour():
     low, high = figure.axes[0].images[0].get_clim()
     assert low < 0.009
     assert high > 0.011
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_runs_stand_side_by_side_with_what_differs(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("aqtx.report.compare.save_figure", save_figure)
+    other = tmp_path / "other"
+    other.mkdir()
+    report = json.loads((run_folder / "report.json").read_text())
+    report["settings"] = {"seed": 0, "passes": [{"gptq": {"damp_fraction": 0.1}}, "emit"]}
+    (other / "report.json").write_text(json.dumps(report))
+    page = write_comparison([run_folder, other], tmp_path / "page").read_text()
+    assert re.findall(r'<section id="([a-z]+)"', page) == ["overview", *(part.anchor for part in PARTS)]
+    assert "<th>sample &lt;run&gt;-2</th>" in page  # two runs of one name
+    assert "<td>passes.gptq.damp_fraction</td><td>–</td><td>0.1</td>" in page
+    assert "<td>seed</td>" not in page
+    with pytest.raises(InputError, match="two runs"):
+        write_comparison([run_folder], tmp_path)

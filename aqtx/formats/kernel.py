@@ -125,15 +125,6 @@ def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format, num_columns: i
     )
 
 
-def dequantize(qdata: Tensor, scales: Scales, fmt: Format, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """The packed matrix in `dtype`."""
-    scale, zero_point, per_tensor = scales
-    spec = spec_of(fmt, num_columns)
-    return torch.ops.aqtx_cpu.dequantize(
-        qdata.contiguous(), scale.contiguous(), zero_point, per_tensor, spec, num_columns, dtype
-    )
-
-
 def can_quantize(weight: Tensor, fmt: Format) -> bool:
     """MX formats whose exponent follows from the largest weight, on a CPU."""
     return fmt.scale is E8M0 and fmt.rule in RULES and serves(weight.device)
@@ -145,33 +136,24 @@ def quantize_mx(weight: Tensor, fmt: Format, row_bytes: int) -> tuple[Tensor, Te
     return torch.ops.aqtx_cpu.quantize_mx(weight, spec, fmt.element.largest, RULES[fmt.rule], row_bytes)
 
 
+def _fake_linear(  # noqa: PLR0913 (the op's signature)
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    per_tensor: Tensor | None,
+    spec: list[int],
+    num_columns: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _fake_grouped(
+    x: Tensor, offsets: Tensor, parts: list[Tensor], specs: list[int], slots: list[int], num_outputs: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], num_outputs)
+
+
 def _register_fakes() -> None:
-    @torch.library.register_fake("aqtx_cpu::linear")
-    def _linear(  # noqa: PLR0913 (the op's signature)
-        x: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        per_tensor: Tensor | None,
-        spec: list[int],
-        num_columns: int,
-    ) -> Tensor:
-        return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-    @torch.library.register_fake("aqtx_cpu::grouped")
-    def _grouped(
-        x: Tensor, offsets: Tensor, parts: list[Tensor], specs: list[int], slots: list[int], num_outputs: int
-    ) -> Tensor:
-        return x.new_empty(x.shape[0], num_outputs)
-
-    @torch.library.register_fake("aqtx_cpu::dequantize")
-    def _dequantize(  # noqa: PLR0913
-        codes: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        per_tensor: Tensor | None,
-        spec: list[int],
-        num_columns: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return codes.new_empty(codes.shape[0], num_columns, dtype=dtype)
+    torch.library.register_fake("aqtx_cpu::linear", _fake_linear)
+    torch.library.register_fake("aqtx_cpu::grouped", _fake_grouped)

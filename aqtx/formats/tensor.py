@@ -34,7 +34,7 @@ SOURCE_HASH = _source_hash()
 
 def to_storage_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Dequantized float32 values in `dtype`; finite codes stay finite, NaN stays NaN."""
-    largest = torch.finfo(dtype).max
+    largest = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
     return values.clamp(-largest, largest).to(dtype)
 
 
@@ -149,8 +149,8 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def _stable_hash_for_caching(self) -> str:
         """Key of torch's compile cache, which would otherwise ignore the code behind the dispatch."""
         parts = [(name, tuple(part.shape), str(part.dtype), str(part.device)) for name, part in self._parts().items()]
-        kernel_used = kernel.serves(self.device)
-        return f"QuantizedTensor|{SOURCE_HASH}|{kernel_used}|{self.format_name}|{self.orig_dtype}|{tuple(self.shape)}|{parts}"
+        lowering = f"{SOURCE_HASH}|{kernel.serves(self.device)}"
+        return f"QuantizedTensor|{lowering}|{self.format_name}|{self.orig_dtype}|{tuple(self.shape)}|{parts}"
 
 
 torch.serialization.add_safe_globals([QuantizedTensor])

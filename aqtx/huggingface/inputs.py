@@ -54,20 +54,15 @@ def _hadamard(ops: InputOps, edit: dict[str, Any], dtype: torch.dtype) -> None:
         rotated: Tensor = OP(x, *(getattr(ops, name) for name in made))
         return rotated
 
-    ops.operations.append(rotate)
+    ops.operations.insert(0, rotate)  # before the quantization of the input, whichever edit came first
 
 
 def _remove_hadamard(ops: InputOps, edit: dict[str, Any], dtype: torch.dtype) -> None:
-    ops.operations.pop()
-
-
-def _none(ops: InputOps, edit: dict[str, Any], dtype: torch.dtype) -> None:
-    """An untied head is a parameter of its own already, as config.json says."""
+    ops.operations.pop(0)
 
 
 KINDS: dict[str, Callable[[InputOps, dict[str, Any], torch.dtype], None]] = {
     "quantize_activation": _quantize_activation,
     "hadamard": _hadamard,
     "remove_hadamard": _remove_hadamard,
-    "untie": _none,
 }

@@ -99,7 +99,7 @@ def _analyze_one(W: Tensor, spectra: str, threshold: str, k_fraction: float, pre
         if exact or lam[-k - 1] >= GRAM_FLOOR * lam[-1] > 0:
             break
     reason = _degenerate(lam, k)
-    alpha = float("nan") if reason else hill(lam, k)
+    alpha = float("nan") if reason else hill(lam, k, threshold)
     return _One(alpha, k, lam.numel(), "svd" if exact else "gram", reason)
 
 

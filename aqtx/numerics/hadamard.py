@@ -43,7 +43,8 @@ def rotate(x: Tensor, signs: tuple[Tensor, ...], *, inverse: bool = False) -> Te
     y = y @ parts[-1]
     if len(parts) == 2:
         y = (y.transpose(-1, -2) @ parts[0]).transpose(-1, -2)
-    return y.reshape(x.shape)
+    rotated: Tensor = y.reshape(x.shape)
+    return rotated
 
 
 @cache

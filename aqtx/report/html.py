@@ -4,7 +4,7 @@ import base64
 import html
 import importlib.resources
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,12 @@ def absent(reason: str) -> str:
 def fold(summary: str, body: str) -> str:
     """A part that is closed until it is asked for."""
     return f"<details><summary>{text(summary)}</summary>{body}</details>"
+
+
+def side_by_side(columns: Mapping[str, str]) -> str:
+    """Bodies under their names, next to each other where the screen is wide enough."""
+    cells = "".join(f"<div><h3>{text(name)}</h3>{body}</div>" for name, body in columns.items())
+    return f'<div class="columns">{cells}</div>'
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:

@@ -1,0 +1,138 @@
+"""Plan, round and score every arm of a study; a study that was stopped goes on with what it has scored."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from aqtx.errors import InputError
+from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.passes.annotate_alpha import AnnotateAlpha
+from aqtx.passes.assign_plan import AssignPlan
+from aqtx.plan import Plan
+from aqtx.planning.decide import decide
+from aqtx.program import Program
+from aqtx.recipe import EvaluateSpec, Recipe
+from aqtx.registry import Context
+from aqtx.rounded import RoundedModel
+from aqtx.runner import program_of, recipe_context
+from aqtx.study.correlate import Truth, correlations, measure_truth
+from aqtx.study.spec import Arm, StudySpec
+from aqtx.study.verdict import Point, study_json, study_markdown
+from aqtx.text import Document, evaluation, load_tokenizer
+
+_BISECTIONS = 14
+_MAX_WINDOW = 2048
+
+
+@dataclass
+class Study:
+    """One study on its way."""
+
+    recipe: Recipe
+    spec: StudySpec
+    directory: Path
+    program: Program
+    context: Context
+    documents: list[Document]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """Score all arms, measure the truth on a sample of sites, and write study.json, study.md and the page."""
+        settings = _settings(self.recipe)
+        model = RoundedModel(self.program)
+        before = self._scores(model, {}, "before")
+        arms = self.spec.arms(settings)
+        points = [self._point(model, arm) for arm in self.context.progress(arms, description="study")]
+        truth: Truth = measure_truth(self.program, settings, self.context, self.spec.trial_seconds)
+        data = study_json(before, points, self.recipe.seed)
+        data["correlations"] = correlations(self.program, truth, arms)
+        data |= {"trials": len(truth.sites), "calibrated": self.details, "settings": self.recipe.resolved()}
+        (self.directory / "study.json").write_text(json.dumps(data, indent=1) + "\n")
+        (self.directory / "study.md").write_text(study_markdown(data))
+        return data
+
+    def _point(self, model: RoundedModel, arm: Arm) -> Point:
+        plan, details = self._plan(arm)
+        self.details |= details.get("calibrated", {})
+        formats = {name: entry.format for name, entry in plan.sites.items()}
+        return Point(arm.name, arm.bits, arm.seed, self._bytes(plan), plan, self._scores(model, formats, arm.file_name))
+
+    def _plan(self, arm: Arm) -> tuple[Plan, dict[str, Any]]:
+        """The arm's plan; one that counts nominal bits gets the nominal budget that comes closest to the real one."""
+        if arm.settings.method != "alphaq":
+            decision = decide(self.program, arm.settings, self.context)
+            return decision.plan, decision.details
+        low, high, best = 0.0, arm.bits, None
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            try:
+                plan = decide(self.program, replace(arm.settings, average_bits=middle), self.context).plan
+            except InputError:  # below the cheapest plan
+                low = middle
+                continue
+            fits = (plan.average_bits or 0.0) <= arm.bits
+            low, high, best = (middle, high, plan) if fits else (low, middle, best)
+        if best is None:
+            raise InputError(f"alphaq has no plan of at most {arm.bits:g} bits")
+        return best, {}
+
+    def _bytes(self, plan: Plan) -> int:
+        """Bytes of the whole model under a plan."""
+        specs = self.program.weights.specs
+        total = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
+        itemsize = self.program.dtype.itemsize
+        return total - sum(entry.numel * itemsize - entry.bytes for entry in plan.planned.values())
+
+    def _scores(self, model: RoundedModel, formats: dict[str, str | None], name: str) -> DocumentScores:
+        """Scores of the model under a plan, kept by the plan's content."""
+        told = json.dumps([formats, len(self.documents), self.recipe.resolved()["model"]], sort_keys=True)
+        file = self.directory / "scores" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
+        if file.exists():
+            return DocumentScores.from_json(json.loads(file.read_text()))
+        spec = self.recipe.evaluate or EvaluateSpec(perplexity="builtin")
+        context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
+        scores = evaluate_perplexity(
+            model.use(formats),
+            self.documents,
+            window=spec.window or min(context_size, _MAX_WINDOW),
+            batch_size=spec.batch_size,
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(scores.to_json()))
+        return scores
+
+
+def _settings(recipe: Recipe) -> AssignPlan:
+    """The recipe's `assign_plan`, whose fields all arms share."""
+    found = [step for step in recipe.passes if isinstance(step, AssignPlan)]
+    if not found:
+        raise InputError("passes: there is no `assign_plan`, so a study has no candidates and nothing to keep")
+    return found[0]
+
+
+def study_recipe(recipe: Recipe, spec: StudySpec, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
+    """Run a study; returns the content of study.json and the folder, `<output>.study`."""
+    program = program_of(recipe)
+    directory = Path(recipe.output or "out/study")
+    directory = directory.with_name(directory.name + ".study")
+    directory.mkdir(parents=True, exist_ok=True)
+    context = recipe_context(recipe, program, quiet=quiet)
+    for step in _annotations(recipe.passes):
+        step.run(program, context)
+    if program.folder is None:
+        raise InputError("the model has no folder, so there is no tokenizer to read text with")
+    evaluate = recipe.evaluate or EvaluateSpec(perplexity="builtin")
+    documents = evaluation(
+        evaluate.perplexity or "builtin", load_tokenizer(program.folder), max_tokens=evaluate.max_tokens
+    )
+    study = Study(recipe, spec, directory, program, context, documents)
+    return study.run(), directory
+
+
+def _annotations(passes: Sequence[Any]) -> list[Any]:
+    """The recipe's annotating passes; alphas are always needed."""
+    own = [step for step in passes if step.name.startswith("annotate_")]
+    return own if any(isinstance(step, AnnotateAlpha) for step in own) else [AnnotateAlpha(), *own]

@@ -1,0 +1,150 @@
+"""GPTQ of one mixture-of-experts layer: aqtx against llm-compressor and GPTQModel, and how it scales.
+
+    python -m venv /tmp/llmc && /tmp/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
+    python -m venv /tmp/gptqmodel && /tmp/gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.7.0   # see README of results
+    python -m benchmarks.gptq compare --llmcompressor /tmp/llmc/bin/python --gptqmodel /tmp/gptqmodel/bin/python
+    python -m benchmarks.gptq scale --figure gptq_scaling.png
+
+One thread everywhere, CPU seconds of the process (wall seconds mean little on a shared machine), the same
+weights, rows and format; the clock runs from rows to rounded weights, Hessians included. The
+error is the held-out output error over round-to-nearest's, mean over experts and projections.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aqtx.formats import fake_quantize, parse
+from aqtx.moments import Moments
+from aqtx.numerics.gptq import Options, solve
+from aqtx.numerics.shrinkage import pooled_prior
+from aqtx.round_block import POOL_STRIDE, SOLVE_BYTES
+from benchmarks.gptq_problem import held_out_error, inputs_of, make_problem
+
+PROJECTIONS = ("gate", "up", "down")
+SETTINGS = {"plain": ("none", False), "full": ("activation", True)}  # act-order, shrinkage
+
+
+def run_ours(problem: dict[str, Tensor], format_name: str, setting: str) -> tuple[dict[str, Tensor], float]:
+    """Rounded weights and CPU seconds, with the batches and the shared moments of the `gptq` pass."""
+    order, shrinks = SETTINGS[setting]
+    out = {name: torch.empty_like(problem[name]) for name in PROJECTIONS}
+    started = time.process_time()
+    for rows_name, projections in (("rows", ("gate", "up")), ("inner", ("down",))):
+        rows, (count, height, width) = problem[rows_name], problem[projections[0]].shape
+        prior = None
+        if shrinks and rows_name == "rows":
+            pool = Moments.empty([0], width, rows.device)
+            pool.add(rows[::POOL_STRIDE], None)
+            pool.finish()
+            prior = pooled_prior(pool.H[0], pool.tokens[0])
+        quantum = max(SOLVE_BYTES["cpu"] // (4 * (8 * height * width + 3 * width**2)), 1)
+        for experts in torch.arange(count).split(quantum):
+            moments = Moments.empty(experts.tolist(), width, rows.device)
+            moments.add(rows, problem["offsets"])
+            moments.finish()
+            for name in projections:
+                tokens = moments.tokens if shrinks else None
+                options = Options(order=order)  # type: ignore[arg-type]
+                W = problem[name][experts]
+                found = solve(W, moments.H, parse(format_name), num_tokens=tokens, prior=prior, options=options)
+                out[name][experts] = found.tensor.dequantize()
+    return out, time.process_time() - started
+
+
+def run_peer(python: str, script: str, source: Path, format_name: str) -> tuple[dict[str, Tensor], float]:
+    """The same from a peer's own environment."""
+    target = source.with_suffix(".out")
+    file = Path(__file__).parent / "gptq_peers" / script
+    done = subprocess.run([python, str(file), str(source), str(target), format_name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given")
+    return load_file(target), json.loads(done.stdout.strip().splitlines()[-1])["cpu_seconds"]
+
+
+def error_over_nearest(problem: dict[str, Tensor], format_name: str, out: dict[str, Tensor]) -> float:
+    """Mean over experts and projections."""
+    ratios = []
+    for name in PROJECTIONS:
+        nearest = held_out_error(problem, name, fake_quantize(problem[name], format_name))
+        ratios.append(held_out_error(problem, name, out[name]) / nearest)
+    return float(torch.stack(ratios).mean())
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Table of seconds and errors; a peer that fails is told, not skipped."""
+    peers = {"llm-compressor": ("run_llmcompressor.py", arguments.llmcompressor)}
+    peers["GPTQModel"] = ("run_gptqmodel.py", arguments.gptqmodel)
+    problem = make_problem(arguments.experts, arguments.hidden, arguments.intermediate, arguments.tokens)
+    counts = problem["offsets"].diff(prepend=torch.zeros(1, dtype=torch.int32))
+    print(
+        f"{arguments.experts} experts, {arguments.hidden} x {arguments.intermediate}, "
+        f"tokens {int(counts.min())}..{int(counts.max())} (mean {float(counts.float().mean()):.0f})"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "problem.safetensors"
+        save_file(problem, source)
+        for format_name in arguments.formats.split(","):
+            for setting in SETTINGS:
+                out, seconds = run_ours(problem, format_name, setting)
+                tell(format_name, f"aqtx, {setting}", seconds, error_over_nearest(problem, format_name, out))
+            for name, (script, python) in peers.items():
+                if python is None:
+                    continue
+                try:
+                    out, seconds = run_peer(python, script, source, format_name)
+                    tell(format_name, name, seconds, error_over_nearest(problem, format_name, out))
+                except RuntimeError as error:
+                    print(f"{format_name:8} {name:16} did not run: {error}")
+
+
+def tell(format_name: str, name: str, seconds: float, error: float) -> None:
+    """One line of the table."""
+    print(f"{format_name:8} {name:16} {seconds:8.2f} CPU s   error / round-to-nearest {error:.4f}", flush=True)
+
+
+def scale(arguments: argparse.Namespace) -> None:
+    """CPU seconds against experts, tokens and width, one at a time, as a figure."""
+    import matplotlib.pyplot as plt
+
+    axes_of = {
+        "experts": [(e, 256, 256, 512) for e in (4, 8, 16, 32)],
+        "tokens per expert": [(8, 256, 256, t) for t in (64, 256, 1024, 4096)],
+        "width": [(4, w, w, 512) for w in (128, 256, 512, 1024)],
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), constrained_layout=True)
+    for panel, (title, shapes) in zip(panels, axes_of.items(), strict=True):
+        x = [shape[{"experts": 0, "tokens per expert": 3, "width": 1}[title]] for shape in shapes]
+        y = [run_ours(make_problem(*shape), arguments.formats.split(",")[0], "full")[1] for shape in shapes]
+        print(title, {key: round(value, 3) for key, value in zip(x, y, strict=True)}, flush=True)
+        panel.loglog(x, y, marker="o")
+        panel.set(title=title, xlabel=title, ylabel="CPU seconds a layer")
+    figure.savefig(arguments.figure)
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["compare", "scale"])
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=512, help="mean per expert")
+    parser.add_argument("--formats", default="int4,mxfp4")
+    parser.add_argument("--llmcompressor", help="python of an environment that has it")
+    parser.add_argument("--gptqmodel", help="python of an environment that has it")
+    parser.add_argument("--figure", default="gptq_scaling.png")
+    torch.set_num_threads(1)
+    arguments = parser.parse_args()
+    {"compare": compare, "scale": scale}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Router finetuning on a small model: only routers move, through quantized experts, and held-out text decides."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from aqtx.errors import InputError
+from aqtx.finetune import losses
+from aqtx.finetune.frozen import Frozen
+from aqtx.finetune.loop import _batches, _warmup_then_cosine
+from aqtx.finetune.measure import measure_routing
+from aqtx.finetune.routed import routed
+from aqtx.passes.finetune_router import FinetuneRouter
+from aqtx.passes.quantize import Quantize
+from aqtx.passes.unfreeze_router import UnfreezeRouter
+from aqtx.program import Program
+from aqtx.registry import Changes, Context
+from aqtx.tracing import trace
+from tests.tiny import OLMOE, random_model
+
+KEPT = ("router", "lm_head", "attn_q", "attn_k", "attn_v", "attn_o")
+QUICK = {"epochs": 3, "batch_size": 2, "learning_rate": 3e-3, "checks": 3}
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    """Weights large enough that 2-bit experts route differently."""
+    made = random_model(dtype=torch.float32)
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            if ".mlp." in name:
+                value.mul_(3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, OLMOE["vocab_size"], (20, 24), generator=torch.Generator().manual_seed(0))
+
+
+def rounded(model: torch.nn.Module, dtype: torch.dtype = torch.float32, activation: str | None = None) -> Program:
+    program = trace(model)
+    program.dtype = dtype
+    for site in program.sites():
+        if site.category not in KEPT:
+            site.set("format", "int2")
+    program.config["num_experts_per_tok"] = OLMOE["num_experts_per_tok"]
+    Quantize().run(program, Context(quiet=True))
+    if activation:
+        weights = {site.weight for site in program.sites() if site.expert is not None}
+        for weight in sorted(weights):
+            program.edit({"edit": "quantize_activation", "weight": weight, "formats": [activation]})
+    return program
+
+
+def finetune(program: Program, ids: torch.Tensor, **fields) -> Changes:
+    UnfreezeRouter().run(program, Context(quiet=True))
+    return FinetuneRouter(**{**QUICK, **fields}).run(program, Context(quiet=True, load_calibration=lambda: ids))
+
+
+def test_student_and_teacher_are_the_program_with_and_without_codes(model, ids):
+    program = rounded(model, activation="mxfp4")
+    student, teacher = routed(program, rounded=True), routed(program, rounded=False)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids)[0], program.module()(ids), rtol=0, atol=0)
+        torch.testing.assert_close(teacher(ids)[0], trace(model).module()(ids), rtol=0, atol=0)
+    logits, routers = teacher(ids)
+    assert logits.shape == (*ids.shape, OLMOE["vocab_size"])
+    assert [tuple(router.shape) for router in routers] == [(ids.numel(), OLMOE["num_experts"])] * 2
+
+
+@pytest.mark.parametrize("activation", [None, "mxfp8"])
+def test_training_lowers_the_held_out_loss_and_touches_routers_alone(model, ids, activation):
+    program = rounded(model, activation=activation)
+    before = {name: program.weights.get(name).clone() for name in program.weights.names()}
+    codes = {name: code.dequantize() for name, code in program.codes.items()}
+    changes = finetune(program, ids)
+    routers = {f"model.layers.{layer}.mlp.gate" for layer in range(2)}
+    assert set(changes.changed) == routers
+    moved = {name for name, value in before.items() if not torch.equal(program.weights.get(name), value)}
+    assert moved == {f"{name}.weight" for name in routers}
+    assert all(torch.equal(program.codes[name].dequantize(), value) for name, value in codes.items())
+    curve = changes.details["curve"]
+    assert (
+        min(row["validation"] for row in curve)
+        == curve[[r["step"] for r in curve].index(changes.details["best_step"])]["validation"]
+    )
+    assert min(row["validation"] for row in curve) < 0.98 * curve[0]["validation"]
+    assert changes.details["tensors_unchanged"] > 10
+
+
+def test_the_report_tells_shift_and_loads_of_each_layer(model, ids):
+    details = finetune(rounded(model), ids).details
+    assert [row["layer"] for row in details["layers"]] == [0, 1]
+    first, second = details["layers"]
+    assert first["shift_before"] == 0.0  # the first router reads what no quantized matrix has touched
+    assert 0 < second["shift_before"] < 1
+    for row in details["layers"]:
+        assert np.mean(row["load_after"]) == pytest.approx(1)
+    assert set(details["held_out_loss"]) == {"unquantized", "before", "after", "change", "num_sequences"}
+
+
+@pytest.mark.parametrize("weights", [{"cross_entropy": 1.0, "logits": 0.0}, {"logits": 0.0, "router": 1.0}])
+def test_each_loss_trains_alone(model, ids, weights):
+    curve = finetune(rounded(model), ids, **weights, learning_rate=1e-3).details["curve"]
+    assert len(curve) == 4
+    assert all(np.isfinite(row["validation"]) for row in curve)
+
+
+def test_the_router_loss_brings_tokens_back_to_their_experts(model, ids):
+    layers = finetune(rounded(model), ids, logits=0.0, router=1.0, epochs=10).details["layers"]
+    assert layers[1]["shift_after"] < layers[1]["shift_before"]
+
+
+def test_where_training_does_not_help_nothing_changes(model, ids):
+    program = rounded(model)
+    before = program.weights.get("model.layers.1.mlp.gate.weight").clone()
+    changes = finetune(program, ids, learning_rate=1e3, clip_norm=1e9, warmup_fraction=0.0, patience=1)
+    assert changes.changed == []
+    assert changes.details["best_step"] == 0
+    assert changes.details["stopped_early"]
+    assert torch.equal(program.weights.get("model.layers.1.mlp.gate.weight"), before)
+
+
+def test_equal_seeds_give_equal_routers(model, ids):
+    one, two = rounded(model), rounded(model)
+    finetune(one, ids), finetune(two, ids)
+    for name in ("model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"):
+        assert torch.equal(one.weights.get(name), two.weights.get(name))
+
+
+def test_a_quantized_router_and_a_shared_gate_are_refused_with_the_reason(model, ids):
+    program = rounded(model)
+    program.sites()  # routers carry no format yet
+    for site in program.sites():
+        if site.category == "router" and site.layer == 0:
+            site.set("format", "int8")
+    changes = UnfreezeRouter().run(program, Context(quiet=True))
+    assert changes.changed == ["model.layers.1.mlp.gate"]
+    assert "keep `router` in `assign_plan`" in changes.refused[0].why
+
+
+def test_a_changed_frozen_tensor_is_noticed(model):
+    program = rounded(model)
+    frozen = Frozen.of(program, except_for=["model.layers.0.mlp.gate.weight"])
+    program.weights.put("model.norm.weight", program.weights.get("model.norm.weight") + 1)
+    with pytest.raises(RuntimeError, match=r"changed 1 other tensors, first model\.norm\.weight"):
+        frozen.check(program)
+
+
+def test_bad_fields_and_too_little_text_are_refused(model, ids):
+    problems = FinetuneRouter(learning_rate=0, logits=0, validation_fraction=1.0).validate()
+    assert len(problems) == 3
+    with pytest.raises(InputError, match="no router is unfrozen"):
+        FinetuneRouter().run(rounded(model), Context(quiet=True, load_calibration=lambda: ids))
+    with pytest.raises(InputError, match="1 calibration sequences cannot be split"):
+        finetune(rounded(model), ids[:1])
+
+
+def test_losses_are_zero_for_equal_models_and_cross_entropy_skips_the_first_token():
+    logits = torch.randn(2, 5, 7)
+    assert float(losses.divergence(logits, logits).abs().max()) < 1e-6
+    ids = torch.randint(0, 7, (2, 5))
+    plain = torch.stack([-logits[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(4)])
+    torch.testing.assert_close(losses.cross_entropy(logits, ids), plain.view(2, 4).mean(1))
+
+
+def test_the_schedule_warms_up_decays_and_shuffles_by_seed():
+    schedule = FinetuneRouter(epochs=1.5, batch_size=2, warmup_fraction=0.25)._schedule()
+    batches = list(_batches(8, schedule, seed=0))
+    assert len(batches) == 6
+    assert sorted(int(index) for batch in batches[:4] for index in batch) == list(range(8))
+    factor = _warmup_then_cosine(8, dataclasses.replace(schedule))
+    assert [factor(0), factor(1)] == [0.5, 1.0]
+    assert factor(8) == pytest.approx(0.1)
+
+
+def test_loads_count_each_token_k_times(model, ids):
+    routing = measure_routing(routed(rounded(model), rounded=False), ids, OLMOE["num_experts_per_tok"])
+    assert all(int(layer.sum()) == ids.numel() * OLMOE["num_experts_per_tok"] for layer in routing.chosen)
+    assert routing.shift_from(routing) == [0.0, 0.0]
