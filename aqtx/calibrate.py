@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from aqtx.blocks import Block, Values, ancestors, evaluate
 from aqtx.moments import Moments
 from aqtx.program import LINEAR, Program, Site
+from aqtx.ranks import current
 from aqtx.routing import GateScores
 from aqtx.stream import Stream
 
@@ -91,12 +92,20 @@ class Runner:
     program: Program
     stream: Stream
     device: torch.device
+    shared: bool = False  # whether ranks share the batches, each running its own, and add up their moments
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """The batches that this rank runs."""
+        every = range(len(self.stream))
+        return current().mine(every) if self.shared else every
 
     def start(self, ids: Tensor, batch_size: int) -> None:
         """Put the token ids into the stream."""
         [placeholder] = [node for node in self.program.graph.nodes if node.op == "placeholder"]
-        for index, batch in enumerate(ids.split(batch_size)):
-            self.stream.write(index, {placeholder: batch})
+        parts = ids.split(batch_size)
+        for index in self.batches:
+            self.stream.write(index, {placeholder: parts[index]})
 
     def num_bytes(self, block: Block) -> int:
         """Memory that the block's parameters take."""
@@ -117,7 +126,7 @@ class Runner:
 
     def advance(self, block: Block, weights: Values) -> None:
         """Run the whole block and hand its results on."""
-        for batch in range(len(self.stream)):
+        for batch in self.batches:
             values = self.stream.read(batch, self.device)
             self.stream.write(batch, self._run(block.nodes, values, weights, block.later))
 
@@ -126,11 +135,13 @@ class Runner:
         keep = {node for want in wanted for node in want.reads}
         needed = ancestors(keep, block.nodes)
         nodes = [node for node in block.nodes if node in needed]
-        for batch in range(len(self.stream)):
+        for batch in self.batches:
             found = self._run(nodes, self.stream.read(batch, self.device), weights, keep)
             for want in wanted:
                 want.add(found)
         for want in wanted:
+            if self.shared:
+                want.moments.add_ranks()
             want.moments.finish()
 
     def _run(self, nodes: Sequence[fx.Node], values: Values, weights: Values, keep: Iterable[fx.Node]) -> Values:

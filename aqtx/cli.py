@@ -4,6 +4,7 @@
 """
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import aqtx
-from aqtx.commands import Command, apply, check, eval, export, generate, ls, plan, report, study
+from aqtx.commands import Command, apply, check, compare, eval, export, generate, ls, plan, report, study
 from aqtx.errors import InputError, nearest
 
 COMMANDS: tuple[Command, ...] = (
@@ -23,6 +24,7 @@ COMMANDS: tuple[Command, ...] = (
     check.COMMAND,
     eval.COMMAND,
     report.COMMAND,
+    compare.COMMAND,
     export.COMMAND,
     generate.COMMAND,
     ls.COMMAND,
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
     try:
         arguments = parse_arguments(words)
+        # torchao registers its enums in a way that torch 2.13 logs a deprecation for; it is none of a user's business.
+        # A filter, since torch sets its loggers' levels anew when it is imported.
+        logging.getLogger("torch.utils._pytree").addFilter(_is_no_enum_notice)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status: int = arguments.run(arguments)
@@ -121,6 +126,10 @@ def _show_warning(
         print(f"aqtx: warning: {message}", file=sys.stderr)
     elif os.environ.get("AQTX_DEBUG"):
         print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
+
+
+def _is_no_enum_notice(record: logging.LogRecord) -> bool:
+    return "Enum subclass" not in record.getMessage()
 
 
 def _fail(status: int, reasons: Sequence[str], show_traceback: bool) -> int:

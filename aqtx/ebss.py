@@ -26,6 +26,7 @@ from aqtx.program import Program, grouped_linear_op
 BEAMS = 4
 TAU = 1.2
 PARALLEL = 8
+FILE_NAME = "ebss.jsonl"
 _TOPK = torch.ops.aten.topk.default
 
 
@@ -126,7 +127,7 @@ class Sampler:
         self._routed = Routed(module)
         self._generator = Generator(program)
         self._device = program.device
-        self._vocabulary = int(program.config["vocab_size"])
+        self._vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
         self._random = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -219,8 +220,8 @@ def usage_of(program: Program, ids: Tensor) -> Tensor:
 
 
 def calibration(program: Program, num_sequences: int, length: int, seed: int, folder: Path | None) -> Tensor:
-    """Calibration ids [num_sequences, length], sampled once: a folder keeps them as `ebss.jsonl` for a resumed run."""
-    file = None if folder is None else folder / "ebss.jsonl"
+    """Calibration ids [num_sequences, length], sampled once: kept in a folder for a resumed run."""
+    file = None if folder is None else folder / FILE_NAME
     if file is not None and file.exists():
         return torch.tensor([json.loads(line)["ids"] for line in file.read_text().splitlines()])
     sampled = sample(program, num_sequences=num_sequences, length=length, seed=seed)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aqtx.formats.grouped import group_bounds
+from aqtx.ranks import current
 
 PANEL = 512  # rows of H computed at once; the part below the diagonal is mirrored at the end
 
@@ -52,6 +53,12 @@ class Moments:
                 self.tokens[index] += weight.sum()
                 self.squares[index] += weight.square().sum()
             add_outer(self.H[index], rows)
+
+    def add_ranks(self) -> None:
+        """Add what other ranks saw of their share of the text."""
+        ranks = current()
+        ranks.add_up(self.H, self.tokens, self.squares)
+        ranks.take_largest(self.largest)
 
     def finish(self) -> None:
         """Mirror H and turn weighted counts into numbers of equally weighted tokens: (sum w)^2 / sum w^2."""

@@ -13,6 +13,7 @@ class PlanEntry:
 
     format: str | None
     activation: str | None = None
+    rotation: int | None = None  # block of the Hadamard rotation before it
     category: str = "other"
     numel: int = 0
     bytes: int = 0  # as stored: codes, scales and zero points, or the kept matrix

@@ -5,6 +5,8 @@ shape alone. A budget decides only how many quanta share a run over the calibrat
 what is solved together, so the codes do not depend on how much memory happened to be free.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,11 +16,12 @@ from torch import Tensor, fx
 from aqtx.blocks import Block, Values
 from aqtx.calibrate import Runner, Stage, Want, waves_of
 from aqtx.errors import InputError
-from aqtx.formats import parse
+from aqtx.formats import QuantizedTensor, parse
 from aqtx.moments import Moments
-from aqtx.numerics.gptq import Options, Solution, solve
+from aqtx.numerics.gptq import Curvature, Options, Solution
 from aqtx.numerics.shrinkage import pooled_prior
-from aqtx.program import Site
+from aqtx.program import Program, Site
+from aqtx.ranks import current
 from aqtx.routing import find_gate_scores, is_inside_experts
 
 Prior = Literal["none", "isotropic", "pooled"]
@@ -46,6 +49,20 @@ class Unit:
     experts: list[int]
     num_bytes: int
 
+    @property
+    def first_site(self) -> str:
+        """For messages."""
+        return next(iter(self.stage.sites.values()))[0].name
+
+
+@contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Problems found inside name the place."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(f"inputs of {site}: {problem}" for problem in error.problems)) from error
+
 
 @dataclass
 class BlockRounder:
@@ -55,6 +72,8 @@ class BlockRounder:
     settings: Settings
     report: list[dict[str, Any]] = field(default_factory=list)
     channels: dict[str, Tensor] = field(default_factory=dict)
+    solved: dict[str, QuantizedTensor] = field(default_factory=dict)  # by this rank, since the last exchange
+    told: list[dict[str, Any]] = field(default_factory=list)  # rows of the report for them
 
     def round(self, block: Block, weights: Values, sites: list[Site]) -> None:
         """Codes for all `sites` of the block go to the program, their values into `weights`."""
@@ -63,9 +82,11 @@ class BlockRounder:
             priors: dict[int, Tensor] = {}
             for run in pack(units, self.settings.budget):
                 moments = self._collect(block, weights, run, priors)
-                for unit, found in zip(run, moments, strict=True):
-                    self._round_unit(unit, found, priors.get(id(unit.stage)), weights)
+                for place, (unit, found) in enumerate(zip(run, moments, strict=True)):
+                    if current().owns(place):
+                        self._round_unit(unit, found, priors.get(id(unit.stage)), weights)
                     found.H = found.H.new_empty(0)
+                self._exchange(weights, [site for unit in run for part in unit.stage.sites.values() for site in part])
 
     def _units(self, stage: Stage) -> list[Unit]:
         """A stage's experts in quanta of consecutive numbers."""
@@ -73,6 +94,7 @@ class BlockRounder:
         columns = stage.num_inputs
         each = 4 * (8 * rows * columns + 3 * columns**2)
         quantum = max(SOLVE_BYTES.get(self.runner.device.type, SOLVE_BYTES["cpu"]) // each, 1)
+        quantum = min(quantum, -(-len(stage.experts) // current().size))  # every rank has experts to solve
         units: dict[int, list[int]] = {}
         for expert in stage.experts:
             units.setdefault(expert // quantum, []).append(expert)
@@ -97,35 +119,61 @@ class BlockRounder:
         return [want.moments for want in wanted]
 
     def _round_unit(self, unit: Unit, moments: Moments, prior: Tensor | None, weights: Values) -> None:
-        """Solve each node's experts, one batch a format."""
+        """Solve the unit's experts, all nodes that read the same moments with one factor."""
+        tokens = None if self.settings.prior == "none" else moments.tokens
+        solver = self.settings.solver
+        with naming(unit.first_site):
+            curvature = Curvature.of(moments.H, num_tokens=tokens, prior=prior, options=solver)
         for sites in unit.stage.sites.values():
             batches: dict[str, list[Site]] = {}
             for site in sites:
                 if (site.expert or 0) in moments.place:
                     batches.setdefault(site.get("format"), []).append(site)
             for batch in batches.values():
-                self._round_batch(batch, moments, prior, weights)
+                self._round_batch(batch, moments, curvature, weights)
 
-    def _round_batch(self, sites: list[Site], moments: Moments, prior: Tensor | None, weights: Values) -> None:
+    def _round_batch(self, sites: list[Site], moments: Moments, curvature: Curvature, weights: Values) -> None:
         """Solve experts of one node and format; keep their codes, and compute with them from now on."""
-        fmt, parameter = parse(sites[0].get("format")), sites[0].node.args[1]
+        parameter = sites[0].node.args[1]
         assert isinstance(parameter, fx.Node)
         stack = weights[parameter] if sites[0].expert is not None else weights[parameter].unsqueeze(0)
         experts = [site.expert or 0 for site in sites]
         places = [moments.place[expert] for expert in experts]
-        tokens = None if self.settings.prior == "none" else moments.tokens[places]
-        H = moments.H if len(places) == len(moments.H) else moments.H[places]
-        try:
-            found = solve(stack[experts], H, fmt, num_tokens=tokens, prior=prior, options=self.settings.solver)
-        except InputError as error:
-            batch = f"{sites[0].name} and {len(sites) - 1} more"
-            raise InputError(*(f"{batch}: {problem}" for problem in error.problems)) from error
+        part = curvature if len(places) == len(moments.H) else curvature.take(places)
+        found = part.solve(stack[experts], parse(sites[0].get("format")))
         for index, site in enumerate(sites):
             code = found.tensor[index]
-            self.runner.program.codes[site.name] = code.to("cpu")
+            self.solved[site.name] = code.to("cpu")
             if self.settings.rounded_inputs:
                 stack[experts[index]] = code.dequantize(stack.dtype)
         self._tell(sites, moments, found)
+
+    def _exchange(self, weights: Values, sites: list[Site]) -> None:
+        """Take over what other ranks solved; the report's rows come in the order of `sites` on all of them."""
+        ranks, mine = current(), set(self.solved)
+        told: list[dict[str, Any]] = []
+        for rows, codes, channels in ranks.gather(self._shared() if ranks.size > 1 else (self.told, {}, {})):
+            told += rows
+            self.solved.update(
+                {name: QuantizedTensor.from_disk(*made) for name, made in codes.items() if name not in mine}
+            )
+            for name, largest in channels.items():
+                largest = largest.to(self.runner.device)
+                self.channels[name] = torch.maximum(self.channels.get(name, largest), largest)
+        order = {site.name: place for place, site in enumerate(sites)}
+        self.report += sorted(told, key=lambda row: order[row["site"]])
+        self.runner.program.codes.update(self.solved)
+        if self.settings.rounded_inputs:
+            take_codes(self.runner.program, weights, [site for site in sites if site.name in self.solved.keys() - mine])
+        self.solved, self.told = {}, []
+
+    def _shared(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
+        """Rows, codes and channel ranges of this rank, on the CPU."""
+        codes = {
+            name: (code.to_disk(), code.format_name, tuple(code.shape), code.orig_dtype)
+            for name, code in self.solved.items()
+        }
+        return self.told, codes, {name: largest.cpu() for name, largest in self.channels.items()}
 
     def _tell(self, sites: list[Site], moments: Moments, found: Solution) -> None:
         """Rows of the report."""
@@ -134,7 +182,7 @@ class BlockRounder:
             power, damping = float(found.power[index]), float(found.damping[index])
             raised = damping > asked * 1.001
             tokens = float(moments.tokens[moments.place[site.expert or 0]])
-            self.report.append(
+            self.told.append(
                 {
                     "site": site.name,
                     "tokens": round(tokens, 1) if tokens % 1 else int(tokens),
@@ -148,6 +196,15 @@ class BlockRounder:
             )
             largest = self.channels.get(site.weight)
             self.channels[site.weight] = moments.largest if largest is None else torch.maximum(largest, moments.largest)
+
+
+def take_codes(program: Program, weights: Values, sites: list[Site]) -> None:
+    """Put the values of the codes that exist into a block's weights."""
+    for site in sites:
+        parameter = site.node.args[1]
+        assert isinstance(parameter, fx.Node)
+        target = weights[parameter] if site.expert is None else weights[parameter][site.expert]
+        target.copy_(program.codes[site.name].dequantize(target.dtype))
 
 
 def pools_well(stage: Stage, block: Block) -> bool:
@@ -165,7 +222,7 @@ def pack(units: list[Unit], budget: int) -> list[list[Unit]]:
     left = 0
     for unit in units:
         if unit.num_bytes > budget:
-            name = next(iter(unit.stage.sites.values()))[0].name
+            name = unit.first_site
             need, have = unit.num_bytes / 2**20, max(budget, 0) / 2**20
             raise InputError(f"{name} needs {need:.0f} MiB of memory, {have:.0f} MiB are left for it: raise max_memory")
         if not runs or unit.num_bytes > left:

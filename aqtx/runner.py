@@ -11,14 +11,18 @@ import torch
 import yaml
 
 from aqtx.accounting import account, original_bytes
+from aqtx.alpha_after import write_alpha_after
 from aqtx.alpha_table import write_alpha_csv
 from aqtx.checkpoint import open_program, write_model
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.recipe_tasks import score_tasks, tasks_report
 from aqtx.evaluate.statistics import perplexity_report
+from aqtx.evaluate.tasks import TaskScores
 from aqtx.fingerprint import code_hash, source_hashes, versions
 from aqtx.pipeline import Run
 from aqtx.program import Program
+from aqtx.ranks import current
 from aqtx.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.registry import Context, Refusal
 from aqtx.rundir import RunDirectory
@@ -59,7 +63,12 @@ def apply_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     """Run a validated recipe and write its output folder."""
     if recipe.output is None:
         raise InputError("output: this key is required to apply a recipe")
-    directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
+    ranks = current()
+    if ranks.leads:
+        directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
+    ranks.gather(None)  # rank 0 may clear the folder that the others look into
+    if not ranks.leads:
+        directory = RunDirectory(Path(recipe.output), resume=True)
     if resume and directory.complete:
         return Report(directory.output, json.loads((directory.output / "report.json").read_text()))
     return _Runner(recipe, directory, quiet).run()
@@ -73,25 +82,34 @@ class _Runner:
         self.directory = directory
         self.started = time.perf_counter()
         self.program = program_of(recipe)
-        self.context = recipe_context(recipe, self.program, work=directory.work, quiet=quiet)
+        self.ranks = current()
+        work = self.ranks.own_folder(directory.work)
+        self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not self.ranks.leads)
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> Report:
+        if not self.ranks.leads:
+            return self._assist()
         documents = self._documents()
         self.directory.begin(self._fingerprint(documents))
         before_bytes = original_bytes(self.program)
         before = self._score(documents, "before")
+        tasks_before = self._tasks("before")
+        self.ranks.gather(None)  # the others wait in `_assist`
         refusals = self._run_passes()
         after = self._score(documents, "after")
+        tasks_after = self._tasks("after")
         staging = self.directory.staging
         write_model(self.program, staging)
         write_alpha_csv(self.program, staging / "alpha.csv")
+        write_alpha_after(self.program, self.recipe.passes, staging / "alpha_after.csv")
         accounting = account(self.program, refusals)
         data = {
             "name": self.directory.output.name,
             **accounting.to_json(),
             "bytes": {"before": before_bytes, "after": accounting.bytes_after},
             **_perplexity(before, after, self.recipe.seed),
+            "tasks": tasks_report(tasks_before, tasks_after, seed=self.recipe.seed),
             "passes": self.rows,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "seconds": round(time.perf_counter() - self.started, 2),
@@ -99,6 +117,14 @@ class _Runner:
             "settings": self.recipe.resolved(),
         }
         return self._write_report(data)
+
+    def _assist(self) -> Report:
+        """What a rank other than the first does: the passes, and nothing else."""
+        self.ranks.gather(None)
+        assert self.context.work is not None
+        self.context.work.mkdir(parents=True, exist_ok=True)
+        self._run_passes()
+        return Report(self.directory.output, {})
 
     def _fingerprint(self, documents: list[Document] | None) -> dict[str, Any]:
         folder = self.program.folder
@@ -111,13 +137,17 @@ class _Runner:
         }
 
     def _run_passes(self) -> list[Refusal]:
-        self.program.codes.spill_to(self.directory.work / CODES)
+        assert self.context.work is not None
+        self.program.codes.spill_to(self.context.work / CODES)
         self.rows = restore_state(self.program, self.directory.work)
+        self.ranks.gather(None)  # nobody moves the resume point while another reads it
         done = len(self.program.history)
 
         def after_pass(run: Run) -> None:
             self.rows.append(run.rows[-1].to_json())
-            save_state(self.program, self.rows, self.directory.work)
+            if self.ranks.leads:
+                save_state(self.program, self.rows, self.directory.work)
+            self.ranks.gather(None)
 
         Run(self.program, self.context, first_place=done).execute(self.recipe.passes[done:], after_pass)
         rounding = [row for row in self.rows if row["name"] in _DECIDING]
@@ -148,6 +178,13 @@ class _Runner:
         file.write_text(json.dumps(scores.to_json()))
         return scores
 
+    def _tasks(self, moment: str) -> dict[str, TaskScores]:
+        """Scores of the recipe's tasks; every item's log stays in the run's folder."""
+        spec = self.recipe.evaluate
+        if spec is None or not spec.tasks:
+            return {}
+        return score_tasks(self.program, spec, self.directory.staging / "samples" / f"{moment}.json")
+
     def _write_report(self, data: dict[str, Any]) -> Report:
         staging = self.directory.staging
         (staging / "recipe.yaml").write_text(
@@ -172,10 +209,18 @@ def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
 def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None, quiet: bool = False) -> Context:
     """What passes of the recipe are lent: its seed, its device, its calibration text."""
     context = Context(seed=recipe.seed, device=program.device, work=work, quiet=quiet)
-    context.load_calibration = lambda: calibration(
-        recipe.calibration, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress
-    )
+    context.load_calibration = lambda: _calibration(recipe, program, context)
     return context
+
+
+def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Tensor:
+    """Token ids: written by the model itself, or from text."""
+    spec = recipe.calibration
+    if spec.source == "ebss":
+        from aqtx import ebss
+
+        return ebss.calibration(program, spec.num_sequences, spec.sequence_length, recipe.seed, context.work)
+    return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
 
 
 def _folder(program: Program) -> Path:

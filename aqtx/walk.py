@@ -8,10 +8,11 @@ from torch import fx
 
 from aqtx.blocks import Block, Values
 from aqtx.calibrate import Runner
-from aqtx.program import Program, Site
+from aqtx.program import Site
+from aqtx.ranks import current
 from aqtx.registry import Context
 from aqtx.resume import BlockRecords
-from aqtx.round_block import BlockRounder
+from aqtx.round_block import BlockRounder, take_codes
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Walk:
             planned = [site for node in block.nodes for site in by_node.get(node, [])]
             weights = self.runner.load(block)
             payload = records.load(block.index)
+            if not current().all_agree(payload is not None):
+                payload = None  # a rank that was stopped earlier than another lacks this block
             if payload is None:
                 payload = self._round(block, weights, planned)
                 records.save(block.index, [site.name for site in planned], payload)
@@ -55,12 +58,3 @@ class Walk:
             median, high, top = largest.quantile(torch.tensor([0.5, 0.99, 1.0], device=largest.device)).tolist()
             channels.append({"weight": weight, "median": median, "p99": high, "largest": top})
         return {"sites": rounder.report, "channels": channels}
-
-
-def take_codes(program: Program, weights: Values, sites: list[Site]) -> None:
-    """Put the values of the codes that exist into a block's weights."""
-    for site in sites:
-        parameter = site.node.args[1]
-        assert isinstance(parameter, fx.Node)
-        target = weights[parameter] if site.expert is None else weights[parameter][site.expert]
-        target.copy_(program.codes[site.name].dequantize(target.dtype))

@@ -39,7 +39,8 @@ watcher = weightwatcher.WeightWatcher(model=model, log_level=logging.CRITICAL)
 started = time.process_time()
 details = watcher.analyze()
 seconds = time.process_time() - started
-print("RESULT" + json.dumps({"seconds": seconds, "alpha": details.alpha.tolist(), "version": weightwatcher.__version__}))
+found = {"seconds": seconds, "alpha": details.alpha.tolist(), "version": weightwatcher.__version__}
+print("RESULT" + json.dumps(found))
 """
 
 
@@ -110,9 +111,7 @@ def main() -> None:
         theirs, values, version = by_weightwatcher(stack, arguments.weightwatcher)
         difference = float((ks / values - 1).abs().max())
         print(f"  aqtx, threshold ks      {search:8.2f}")
-        print(
-            f"  weightwatcher {version:9s} {theirs:8.2f}   {theirs / search:5.1f}x ours, alphas differ by {difference:.1e}"
-        )
+        print(f"  weightwatcher {version:9s} {theirs:8.2f}   {theirs / search:5.1f}x ours, differ by {difference:.1e}")
 
 
 if __name__ == "__main__":

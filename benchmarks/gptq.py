@@ -1,7 +1,8 @@
 """GPTQ of one mixture-of-experts layer: aqtx against llm-compressor and GPTQModel, and how it scales.
 
     python -m venv /tmp/llmc && /tmp/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    python -m venv /tmp/gptqmodel && /tmp/gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.7.0   # see README of results
+    python -m venv /tmp/gptqmodel && /tmp/gptqmodel/bin/pip install torch==2.13.0 <requirements but torch>
+    /tmp/gptqmodel/bin/pip install --no-deps --no-build-isolation gptqmodel==7.7.0   # asks for torch 2.14, runs on 2.13
     python -m benchmarks.gptq compare --llmcompressor /tmp/llmc/bin/python --gptqmodel /tmp/gptqmodel/bin/python
     python -m benchmarks.gptq scale --figure gptq_scaling.png
 
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from aqtx.formats import fake_quantize, parse
 from aqtx.moments import Moments
-from aqtx.numerics.gptq import Options, solve
+from aqtx.numerics.gptq import Curvature, Options
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.round_block import POOL_STRIDE, SOLVE_BYTES
-from benchmarks.gptq_problem import held_out_error, inputs_of, make_problem
+from benchmarks.gptq_problem import held_out_error, make_problem
 
 PROJECTIONS = ("gate", "up", "down")
 SETTINGS = {"plain": ("none", False), "full": ("activation", True)}  # act-order, shrinkage
@@ -50,11 +51,11 @@ def run_ours(problem: dict[str, Tensor], format_name: str, setting: str) -> tupl
             moments = Moments.empty(experts.tolist(), width, rows.device)
             moments.add(rows, problem["offsets"])
             moments.finish()
+            tokens = moments.tokens if shrinks else None
+            options = Options(order=order)  # type: ignore[arg-type]
+            curvature = Curvature.of(moments.H, num_tokens=tokens, prior=prior, options=options)
             for name in projections:
-                tokens = moments.tokens if shrinks else None
-                options = Options(order=order)  # type: ignore[arg-type]
-                W = problem[name][experts]
-                found = solve(W, moments.H, parse(format_name), num_tokens=tokens, prior=prior, options=options)
+                found = curvature.solve(problem[name][experts], parse(format_name))
                 out[name][experts] = found.tensor.dequantize()
     return out, time.process_time() - started
 

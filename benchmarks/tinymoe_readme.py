@@ -65,12 +65,18 @@ def load_rows(loads: Mapping[str, list[list[float]]]) -> str:
         by_expert = list(zip(*(domain[layer] for domain in loads.values()), strict=True))
         means = [sum(values) / len(values) for values in by_expert]
         widest = max(by_expert, key=lambda values: max(values) - min(values))
+        inside = (ratio_words(max(domain[layer]), min(domain[layer])) for domain in loads.values())
         smallest, largest = min(means), max(means)
         lines.append(
             f"| {layer} | {smallest:.1%} | {largest:.1%} | {largest / smallest:.1f} "
-            f"| {min(widest):.1%} to {max(widest):.1%} |\n"
+            f"| {', '.join(inside)} | {min(widest):.1%} to {max(widest):.1%} |\n"
         )
     return "".join(lines)
+
+
+def ratio_words(largest: float, smallest: float) -> str:
+    """A ratio, also of an expert that one domain leaves out."""
+    return f"{largest / smallest:.1f}" if smallest else "one unused"
 
 
 def text_rows(training: Mapping[str, Any], text: Mapping[str, Any]) -> str:

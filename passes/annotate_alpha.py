@@ -48,7 +48,7 @@ class AnnotateAlpha(Pass):
         changes, broken = Changes(), []
         for site in context.progress(sites, description="annotate_alpha"):
             W = program.weights.matrix(site.weight, site.expert).to(context.device)
-            stats = self._analyze(W, self.spectra)
+            stats = self.analyze(W)
             raw = self._analyze(W, "full") if self.raw and self.spectra != "full" else stats
             reason = stats.reason[0]
             if stats.method[0].endswith("/none") and reason is not None and "NaN" in reason:
@@ -63,6 +63,10 @@ class AnnotateAlpha(Pass):
             raise InputError(*broken)
         changes.details["sites"] = [{"site": site.name, "alpha_raw": site.get("alpha_info")["raw"]} for site in sites]
         return changes
+
+    def analyze(self, W: Any) -> AlphaStats:
+        """Alpha of one matrix by this pass's own estimator."""
+        return self._analyze(W, self.spectra)
 
     def _analyze(self, W: Any, spectra: str) -> AlphaStats:
         return analyze(W, k_fraction=self.k_fraction, spectra=spectra, threshold=self.threshold, precise=self.precise)

@@ -40,6 +40,7 @@ class AssignPlan(Settings, Pass):
             entry = plan.sites[site.name]
             for key, value in (("format", entry.format), ("activation", entry.activation), ("why", entry.why)):
                 site.set(key, value)
+            site.set("rotation", None if entry.rotation is None else {"block": entry.rotation})
         for edit in activation_edits(program):
             program.edit(edit)
         refused = [Refusal(name, entry.why) for name, entry in plan.sites.items() if entry.why.startswith(DEGENERATE)]

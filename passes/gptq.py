@@ -6,9 +6,11 @@ from typing import Literal
 
 from aqtx.blocks import split_blocks
 from aqtx.calibrate import Runner
+from aqtx.ebss import FILE_NAME as SAMPLED
 from aqtx.memory import PeakMemory, free_bytes
 from aqtx.numerics.gptq import Options
 from aqtx.program import Program, Site
+from aqtx.ranks import current
 from aqtx.registry import Changes, Context, Pass, register
 from aqtx.resume import BlockRecords
 from aqtx.round_block import BlockRounder, Settings
@@ -61,18 +63,20 @@ class Gptq(Pass):
             walk = self._walk(program, context, scratch)
             details = walk.run(sites, records, context)
         details["peak_memory_bytes"] = peak.num_bytes
-        return Changes(changed=[site.name for site in sites], details=details)
+        sampled = None if context.work is None else context.work / SAMPLED
+        files = {SAMPLED: sampled.read_text()} if sampled is not None and sampled.exists() else {}
+        return Changes(changed=[site.name for site in sites], details=details, files=files)
 
     def _walk(self, program: Program, context: Context, scratch: Path) -> Walk:
         """The blocks, the stream at its start, and a budget for what is computed on the way."""
         ids = context.calibration()
-        limit = self.max_memory or free_bytes(context.device) // 2
+        limit = current().smallest(self.max_memory or free_bytes(context.device) // 2)
         blocks = split_blocks(program.graph, program.weights.specs)
         stream_bytes = ids.numel() * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
         on_disk = self.stream == "disk" or (self.stream == "auto" and stream_bytes > limit // 4)
         batch_size = max(self.tokens_per_batch // ids.shape[1], 1)
         stream = Stream(-(-len(ids) // batch_size), scratch if on_disk else None)
-        runner = Runner(program, stream, context.device)
+        runner = Runner(program, stream, context.device, shared=True)
         runner.start(ids, batch_size)
         # a quarter for activations on their way, the rest for moments and the solver
         budget = limit - limit // 4 - max(map(runner.num_bytes, blocks)) - (0 if on_disk else stream_bytes)

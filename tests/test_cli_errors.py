@@ -48,7 +48,7 @@ def errors(capsys, *words: str) -> tuple[int, list[str]]:
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
-    assert all(line.startswith("aqtx: error: ") for line in lines)
+    assert [line for line in lines if not line.startswith("aqtx: error: ")] == []
     return status, [line.removeprefix("aqtx: error: ") for line in lines]
 
 
@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_used(model, words, damaged, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (f"{PLAN}.candidates=[mxfp5]", ["unknown format 'mxfp5'", "did you mean 'mxfp4'"]),
+        (f"{PLAN}.candidates=[mxfp5]", ["unknown format 'mxfp5'", "did you mean 'mxfp"]),
         (f"{PLAN}.keep=['*.mlp.experts.77.*']", ["*.mlp.experts.77.*", "match"]),
         (f"{PLAN}.keep=[atention]", ["atention", "attention"]),
         (f"{PLAN}.average_bits=2.0", ["average_bits", "4.25"]),

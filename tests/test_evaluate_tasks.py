@@ -198,3 +198,21 @@ def test_arms_are_compared_item_by_item_with_the_first():
 
 def test_differing_items_are_listed_with_their_gaps():
     assert answer_gaps(scores([0, 1]), scores([0, 0])) == [{"item": 1, "first": 1.0, "second": 0.0, "gaps": [2.5, 2.5]}]
+
+
+def test_a_recipes_tasks_are_paired_logged_and_not_run_twice(ours, folder, tmp_path, monkeypatch):
+    from aqtx.evaluate import recipe_tasks
+    from aqtx.recipe import EvaluateSpec
+
+    spec = EvaluateSpec(tasks=("piqa",), include_path=str(folder))
+    monkeypatch.setattr(
+        recipe_tasks, "run_program_tasks", lambda _, settings: run_tasks(ours, settings.tasks, include_path=folder)
+    )
+    log = tmp_path / "samples" / "before.json"
+    first = recipe_tasks.score_tasks(None, spec, log)
+    monkeypatch.setattr(recipe_tasks, "run_program_tasks", None)
+    again = recipe_tasks.score_tasks(None, spec, log)
+    entry = recipe_tasks.tasks_report(first, again, seed=0)["piqa"]
+    assert entry["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (entry["metric"], entry["num_items"]) == ("acc_norm", 6)
+    assert len(json.loads(log.read_text())["piqa"]["samples"]) == 6

@@ -12,21 +12,21 @@ from aqtx.finetune.frozen import Frozen
 from aqtx.finetune.loop import _batches, _warmup_then_cosine
 from aqtx.finetune.measure import measure_routing
 from aqtx.finetune.routed import routed
+from aqtx.formats import quantize
 from aqtx.passes.finetune_router import FinetuneRouter
-from aqtx.passes.quantize import Quantize
 from aqtx.passes.unfreeze_router import UnfreezeRouter
 from aqtx.program import Program
 from aqtx.registry import Changes, Context
 from aqtx.tracing import trace
 from tests.tiny import OLMOE, random_model
 
-KEPT = ("router", "lm_head", "attn_q", "attn_k", "attn_v", "attn_o")
-QUICK = {"epochs": 3, "batch_size": 2, "learning_rate": 3e-3, "checks": 3}
+QUICK = {"epochs": 3, "batch_size": 2, "learning_rate": 3e-4, "checks": 3}
+SHRUNK = 0.4  # what is left of layer 0's last product: a systematic fault, so that a few steps of training generalise
 
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
-    """Weights large enough that 2-bit experts route differently."""
+    """Weights large enough that the mixture matters."""
     made = random_model(dtype=torch.float32)
     with torch.no_grad():
         for name, value in made.named_parameters():
@@ -37,27 +37,31 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    return torch.randint(0, OLMOE["vocab_size"], (20, 24), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 12, (20, 24), generator=torch.Generator().manual_seed(0))
 
 
-def rounded(model: torch.nn.Module, dtype: torch.dtype = torch.float32, activation: str | None = None) -> Program:
+def rounded(model: torch.nn.Module, activation: str | None = None) -> Program:
     program = trace(model)
-    program.dtype = dtype
-    for site in program.sites():
-        if site.category not in KEPT:
-            site.set("format", "int2")
     program.config["num_experts_per_tok"] = OLMOE["num_experts_per_tok"]
-    Quantize().run(program, Context(quiet=True))
-    if activation:
-        weights = {site.weight for site in program.sites() if site.expert is not None}
-        for weight in sorted(weights):
-            program.edit({"edit": "quantize_activation", "weight": weight, "formats": [activation]})
+    experts = [site for site in program.sites() if site.expert is not None]
+    for site in experts:
+        site.set("format", "mxfp8")
+        shrunk = SHRUNK if site.layer == 0 and site.category == "mlp_down" else 1.0
+        program.codes[site.name] = quantize(program.read(site) * shrunk, "mxfp8")
+    for weight in sorted({site.weight for site in experts}) if activation else []:
+        program.edit({"edit": "quantize_activation", "weight": weight, "formats": [activation]})
     return program
 
 
 def finetune(program: Program, ids: torch.Tensor, **fields) -> Changes:
     UnfreezeRouter().run(program, Context(quiet=True))
     return FinetuneRouter(**{**QUICK, **fields}).run(program, Context(quiet=True, load_calibration=lambda: ids))
+
+
+@pytest.fixture(scope="module")
+def trained(model, ids) -> tuple[Program, Changes]:
+    program = rounded(model, activation="mxfp8")
+    return program, finetune(program, ids)
 
 
 def test_student_and_teacher_are_the_program_with_and_without_codes(model, ids):
@@ -71,69 +75,57 @@ def test_student_and_teacher_are_the_program_with_and_without_codes(model, ids):
     assert [tuple(router.shape) for router in routers] == [(ids.numel(), OLMOE["num_experts"])] * 2
 
 
-@pytest.mark.parametrize("activation", [None, "mxfp8"])
-def test_training_lowers_the_held_out_loss_and_touches_routers_alone(model, ids, activation):
-    program = rounded(model, activation=activation)
-    before = {name: program.weights.get(name).clone() for name in program.weights.names()}
-    codes = {name: code.dequantize() for name, code in program.codes.items()}
-    changes = finetune(program, ids)
+def test_training_lowers_the_held_out_loss_and_touches_routers_alone(model, trained):
+    program, changes = trained
+    untouched = rounded(model, activation="mxfp8")
     routers = {f"model.layers.{layer}.mlp.gate" for layer in range(2)}
     assert set(changes.changed) == routers
-    moved = {name for name, value in before.items() if not torch.equal(program.weights.get(name), value)}
+    names = program.weights.names()
+    moved = {name for name in names if not torch.equal(program.weights.get(name), untouched.weights.get(name))}
     assert moved == {f"{name}.weight" for name in routers}
-    assert all(torch.equal(program.codes[name].dequantize(), value) for name, value in codes.items())
-    curve = changes.details["curve"]
-    assert (
-        min(row["validation"] for row in curve)
-        == curve[[r["step"] for r in curve].index(changes.details["best_step"])]["validation"]
-    )
-    assert min(row["validation"] for row in curve) < 0.98 * curve[0]["validation"]
+    codes = untouched.codes
+    assert all(torch.equal(program.codes[name].qdata, codes[name].qdata) for name in codes)
+    curve = {row["step"]: row["validation"] for row in changes.details["curve"]}
+    assert min(curve, key=lambda step: curve[step]) == changes.details["best_step"]
+    assert min(curve.values()) < 0.99 * curve[0]
     assert changes.details["tensors_unchanged"] > 10
 
 
-def test_the_report_tells_shift_and_loads_of_each_layer(model, ids):
-    details = finetune(rounded(model), ids).details
+def test_the_report_tells_shift_and_loads_of_each_layer(trained):
+    details = trained[1].details
     assert [row["layer"] for row in details["layers"]] == [0, 1]
-    first, second = details["layers"]
-    assert first["shift_before"] == 0.0  # the first router reads what no quantized matrix has touched
+    _, second = details["layers"]
     assert 0 < second["shift_before"] < 1
     for row in details["layers"]:
         assert np.mean(row["load_after"]) == pytest.approx(1)
     assert set(details["held_out_loss"]) == {"unquantized", "before", "after", "change", "num_sequences"}
 
 
+def test_equal_seeds_give_equal_routers(model, ids, trained):
+    again = rounded(model, activation="mxfp8")
+    finetune(again, ids)
+    for name in ("model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"):
+        assert torch.equal(again.weights.get(name), trained[0].weights.get(name))
+
+
 @pytest.mark.parametrize("weights", [{"cross_entropy": 1.0, "logits": 0.0}, {"logits": 0.0, "router": 1.0}])
 def test_each_loss_trains_alone(model, ids, weights):
-    curve = finetune(rounded(model), ids, **weights, learning_rate=1e-3).details["curve"]
-    assert len(curve) == 4
-    assert all(np.isfinite(row["validation"]) for row in curve)
-
-
-def test_the_router_loss_brings_tokens_back_to_their_experts(model, ids):
-    layers = finetune(rounded(model), ids, logits=0.0, router=1.0, epochs=10).details["layers"]
-    assert layers[1]["shift_after"] < layers[1]["shift_before"]
+    curve = finetune(rounded(model), ids, **weights, epochs=2).details["curve"]
+    assert min(row["validation"] for row in curve[1:]) < curve[0]["validation"]
 
 
 def test_where_training_does_not_help_nothing_changes(model, ids):
     program = rounded(model)
     before = program.weights.get("model.layers.1.mlp.gate.weight").clone()
-    changes = finetune(program, ids, learning_rate=1e3, clip_norm=1e9, warmup_fraction=0.0, patience=1)
+    changes = finetune(program, ids, learning_rate=1e3, warmup_fraction=0.0, patience=1, epochs=2)
     assert changes.changed == []
     assert changes.details["best_step"] == 0
     assert changes.details["stopped_early"]
     assert torch.equal(program.weights.get("model.layers.1.mlp.gate.weight"), before)
 
 
-def test_equal_seeds_give_equal_routers(model, ids):
-    one, two = rounded(model), rounded(model)
-    finetune(one, ids), finetune(two, ids)
-    for name in ("model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"):
-        assert torch.equal(one.weights.get(name), two.weights.get(name))
-
-
 def test_a_quantized_router_and_a_shared_gate_are_refused_with_the_reason(model, ids):
     program = rounded(model)
-    program.sites()  # routers carry no format yet
     for site in program.sites():
         if site.category == "router" and site.layer == 0:
             site.set("format", "int8")

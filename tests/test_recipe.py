@@ -183,7 +183,8 @@ def test_a_recipe_that_is_no_mapping_or_not_there(tmp_path):
 
 def test_every_shipped_recipe_loads_and_names_its_own_command():
     recipes = shipped_recipes()
-    assert len(recipes) == 7
+    assert len(recipes) == 8
     for name, path in recipes.items():
         load_recipe(name)
-        assert path.read_text().startswith(f"# aqtx apply {name}\n# ")
+        command = "study" if name == "study" else "apply"
+        assert path.read_text().startswith(f"# aqtx {command} {name}\n# ")

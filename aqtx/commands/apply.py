@@ -19,11 +19,14 @@ def run(arguments: argparse.Namespace) -> int:
     from aqtx.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from aqtx.ranks import joined
     from aqtx.runner import apply_recipe  # after the recipe: its mistakes are told before anything large is imported
 
-    report = apply_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
-    print(summarize(report.data))
-    print(f"\n{report.directory / 'report.html' if recipe.report else report.directory}")
+    with joined() as ranks:
+        report = apply_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+    if ranks.leads:
+        print(summarize(report.data))
+        print(f"\n{report.directory / 'report.html' if recipe.report else report.directory}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import itertools
 import textwrap
 
 from aqtx.commands import Command
@@ -21,17 +22,38 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def list_passes() -> str:
-    """Every pass with its fields: name, type and default."""
+    """Every pass with its fields: name, type, default and what its docstring says of it."""
     from aqtx.registry import load_passes
 
     blocks = []
     for name, cls in sorted(load_passes().items()):
-        keys = [f"    {field.name}: {_default(field)}" for field in dataclasses.fields(cls)]
         summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-        blocks.append(
-            "\n".join([name, *textwrap.wrap(summary, 100, initial_indent="  ", subsequent_indent="  "), *keys])
-        )
+        told = _field_texts(cls)
+        lines = [name, *_wrap(summary, 2)]
+        for field in dataclasses.fields(cls):
+            lines += [f"    {field.name}: {_default(field)}", *_wrap(told.get(field.name, ""), 8)]
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _field_texts(cls: type) -> dict[str, str]:
+    """What the `Fields:` sections of a class and its parents say, by field; one entry may stand for several names."""
+    told: dict[str, str] = {}
+    for parent in reversed(cls.__mro__):
+        _, _, section = (inspect.getdoc(parent) or "").partition("Fields:\n")
+        names: list[str] = []
+        for line in textwrap.dedent(section.split("\n\n")[0]).splitlines():
+            head, colon, text = line.partition(": ")
+            if colon and not line.startswith(" "):
+                names = head.split(", ")
+                told.update(dict.fromkeys(names, text))
+            else:
+                told.update({name: f"{told[name]} {line.strip()}" for name in names})
+    return told
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 110, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
 def _default(field: "dataclasses.Field[object]") -> str:
@@ -52,10 +74,7 @@ def list_recipes() -> str:
     blocks = []
     for name, path in shipped_recipes().items():
         lines = path.read_text(encoding="utf-8").splitlines()
-        head = [
-            line.lstrip("# ")
-            for line in lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]
-        ]
+        head = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
         blocks.append("\n".join([name, *(f"  {line}" for line in head)]))
     return "\n\n".join(blocks)
 

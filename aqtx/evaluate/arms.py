@@ -12,7 +12,6 @@ from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity
 from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.program import Program
-from aqtx.report.numbers import interval
 from aqtx.text import evaluation, load_tokenizer
 
 _MAX_WINDOW = 2048
@@ -64,6 +63,8 @@ class EvalResults:
 
     def to_markdown(self) -> str:
         """A table of arms against measures; differences to the first arm stand beside each value."""
+        from aqtx.report.numbers import interval  # its package draws figures: heavy, and not needed to measure
+
         data = self.to_json()
         lines = ["| model | measure | value [95 %] | difference to the first [95 %] |", "|---|---|---|---|"]
         for name, entry in data["perplexity"].items():
@@ -123,28 +124,34 @@ def evaluate_arms(
     for name, program in arms.items():
         if program.folder is None:
             raise InputError(f"{name} has no folder with a tokenizer, so no text can be scored")
-        tokenizer = load_tokenizer(program.folder)
-        forward = program.module()
-        window = settings.window or min(int(program.config.get("max_position_embeddings", _MAX_WINDOW)), _MAX_WINDOW)
         if settings.perplexity is not None:
-            documents = evaluation(settings.perplexity, tokenizer, max_tokens=settings.max_tokens)
+            source, tokenizer = settings.perplexity, load_tokenizer(program.folder)
+            documents = evaluation(source, tokenizer, max_tokens=settings.max_tokens)
             results.perplexity[name] = evaluate_perplexity(
-                forward, documents, window=window, batch_size=settings.batch_size, progress=progress
+                program.module(),
+                documents,
+                window=_window(program, settings),
+                batch_size=settings.batch_size,
+                progress=progress,
             )
         if settings.tasks:
-            results.tasks[name] = _run_tasks(program, forward, tokenizer, window, settings)
+            results.tasks[name] = run_program_tasks(program, settings)
     return results
 
 
-def _run_tasks(program: Program, forward: Any, tokenizer: Any, window: int, settings: EvalSettings) -> dict[str, Any]:
+def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any]:
+    """Scores by task of one program, which needs a folder with a tokenizer."""
     from aqtx.evaluate.lm import ProgramLM
     from aqtx.evaluate.tasks import run_tasks
     from aqtx.generate import Generator
 
+    if program.folder is None:
+        raise InputError("the model has no folder with a tokenizer, so no task can be run")
+    forward = program.module()
     model = ProgramLM(
         lambda ids: forward(ids.to(program.device)),
-        tokenizer,
-        max_length=window,
+        load_tokenizer(program.folder),
+        max_length=_window(program, settings),
         generator=lambda: Generator(program),
         batch_size=settings.batch_size,
     )
@@ -155,6 +162,10 @@ def _run_tasks(program: Program, forward: Any, tokenizer: Any, window: int, sett
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
     )
+
+
+def _window(program: Program, settings: EvalSettings) -> int:
+    return settings.window or min(int(program.config.get("max_position_embeddings", _MAX_WINDOW)), _MAX_WINDOW)
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -50,19 +50,19 @@ def _blocks_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1).contiguous()
 
 
-def columns_first(x: Tensor, order: Tensor | None) -> Tensor:
-    """[E, N, K] -> [K, E, N], columns of each expert in `order` [E, K]."""
-    if order is not None:
-        x = x.gather(2, order.unsqueeze(1).expand_as(x))
-    return x.permute(2, 0, 1).contiguous()
+def columns_first(x: Tensor) -> Tensor:
+    """[E, N, K] -> [K, E, N]; as a transpose of two dimensions, for which torch has a blocked copy."""
+    return x.reshape(-1, x.shape[-1]).t().contiguous().unflatten(1, x.shape[:2])
 
 
-def columns_last(x: Tensor, order: Tensor | None) -> Tensor:
-    """The inverse of `columns_first`."""
-    x = x.permute(1, 2, 0)
-    if order is None:
-        return x.contiguous()
-    return torch.empty_like(x, memory_format=torch.contiguous_format).scatter_(2, order.unsqueeze(1).expand_as(x), x)
+def columns_last(x: Tensor) -> Tensor:
+    """[K, E, N] -> [E, N, K]."""
+    return x.flatten(1).t().contiguous().unflatten(0, x.shape[1:])
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Columns of each expert of x [K, E, N] in `order` [E, K]."""
+    return x[order.t(), torch.arange(x.shape[1], device=x.device)]
 
 
 @dataclass(frozen=True)

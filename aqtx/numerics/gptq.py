@@ -21,8 +21,8 @@ from aqtx.errors import InputError
 from aqtx.formats.codec import Scales, choose_scales, encode, quantize
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
-from aqtx.numerics.cholesky import factor
-from aqtx.numerics.columns import Grid, columns_first, columns_last, round_columns
+from aqtx.numerics.cholesky import Factor, factor
+from aqtx.numerics.columns import Grid, columns_first, columns_last, reorder, round_columns
 from aqtx.numerics.shrinkage import shrink
 
 Order = Literal["none", "activation"]
@@ -47,7 +47,7 @@ class Solution:
     pseudo_tokens: Tensor
     nearest_error: Tensor
     error: Tensor
-    power: Tensor  # w H w^T, to put the errors in relation
+    power: Tensor  # w H w^T, estimated, to put the errors in relation
     rows_nearest: Tensor  # rows that kept round-to-nearest
 
 
@@ -94,29 +94,74 @@ def solve(
     options: Options = Options(),
 ) -> Solution:
     """`gptq` of a batch W [E, N, K], H [E, K, K], with all that the report wants to know."""
-    _check(W, H, num_tokens, prior, options)
-    H, zeros = H.to(torch.float32), H.new_zeros(len(H), dtype=torch.float32)
-    if not fmt.is_packed:
-        return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
-    target, n0 = (H, zeros) if num_tokens is None else shrink(H, num_tokens, prior)
-    scales = choose_scales(W, fmt)
-    grid = Grid.of(scales, fmt, W.shape[-1])
-    order = _order(target, options.order)
-    factors = factor(_reordered(target, order), options.damp_fraction)
-    del target
-    plain = W.to(torch.float32)
-    rounded = round_columns(columns_first(plain, order), factors.ratios, grid, order, options.block_size)
-    damping = factors.damping
-    del factors
-    weights = columns_first(plain, None)
-    nearest, rounded = grid.nearest(weights), columns_first(columns_last(rounded, order), None)
-    nearest_error, error = (row_errors(weights - _stored(values, W.dtype), H) for values in (nearest, rounded))
-    better = error < nearest_error
-    values = columns_last(torch.where(better, rounded, nearest), None)
-    best = torch.where(better, error, nearest_error).sum(-1)
-    power = row_errors(weights, H).sum(-1)
-    tensor = _encode(values, W.dtype, fmt, scales)
-    return Solution(tensor, damping, n0, nearest_error.sum(-1), best, power, (~better).sum(-1))
+    check_weights(W, H)
+    return Curvature.of(H, num_tokens=num_tokens, prior=prior, options=options).solve(W, fmt)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What depends on the inputs only, for all matrices that read them: H, and the factor of what is solved."""
+
+    H: Tensor
+    factor: Factor
+    order: Tensor | None  # [E, K], None for the stored order
+    pseudo_tokens: Tensor
+    block_size: int
+
+    @classmethod
+    def of(cls, H: Tensor, *, num_tokens: Tensor | None, prior: Tensor | None, options: Options) -> "Curvature":
+        """Shrink, order, damp and factor a batch H [E, K, K]."""
+        _check(H, num_tokens, prior, options)
+        H = H.to(torch.float32)
+        target, n0 = (H, H.new_zeros(len(H))) if num_tokens is None else shrink(H, num_tokens, prior)
+        order = None
+        if options.order == "activation":
+            order = target.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+            target = torch.stack([one[columns][:, columns] for one, columns in zip(target, order, strict=True)])
+        return cls(H, factor(target, options.damp_fraction), order, n0, options.block_size)
+
+    def take(self, places: list[int]) -> "Curvature":
+        """Some entries of the batch."""
+        factor = Factor(self.factor.ratios[places], self.factor.damping[places])
+        order = None if self.order is None else self.order[places]
+        return Curvature(self.H[places], factor, order, self.pseudo_tokens[places], self.block_size)
+
+    def solve(self, W: Tensor, fmt: Format) -> Solution:
+        """Codes for W [E, N, K]."""
+        if not fmt.is_packed:
+            zeros = self.H.new_zeros(len(W))
+            return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
+        scales = choose_scales(W, fmt)
+        grid = Grid.of(scales, fmt, W.shape[-1])
+        weights = columns_first(W.to(torch.float32))
+        nearest = grid.nearest(weights)
+        rounded = self._round(weights, grid)
+        errors = [row_errors(weights - _stored(values, W.dtype), self.H) for values in (nearest, rounded)]
+        better = errors[1] < errors[0]
+        values = columns_last(torch.where(better, rounded, nearest))
+        return Solution(
+            tensor=_encode(values, W.dtype, fmt, scales),
+            damping=self.factor.damping,
+            pseudo_tokens=self.pseudo_tokens,
+            nearest_error=errors[0].sum(-1),
+            error=torch.where(better, errors[1], errors[0]).sum(-1),
+            power=_power(weights, self.H),
+            rows_nearest=(~better).sum(-1),
+        )
+
+    def _round(self, weights: Tensor, grid: Grid) -> Tensor:
+        """GPTQ's values for weights [K, E, N], in the stored order."""
+        if self.order is None:
+            return round_columns(weights, self.factor.ratios, grid, None, self.block_size)
+        ordered = reorder(weights, self.order)
+        rounded = round_columns(ordered, self.factor.ratios, grid, self.order, self.block_size)
+        return reorder(rounded, self.order.argsort(dim=-1))
+
+
+def _power(weights: Tensor, H: Tensor) -> Tensor:
+    """w H w^T summed over rows [E], estimated on every eighth."""
+    some = weights[..., ::8].contiguous()
+    return row_errors(some, H).sum(-1) * (weights.shape[-1] / some.shape[-1])
 
 
 def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,7 +183,7 @@ def _encode(values: Tensor, dtype: torch.dtype, fmt: Format, scales: Scales) -> 
     )
 
 
-def row_errors(differences: Tensor, H: Tensor, panel: int = 256) -> Tensor:
+def row_errors(differences: Tensor, H: Tensor, panel: int = 128) -> Tensor:
     """d H d^T of each row: differences [K, E, N], H [E, K, K] -> [E, N]. H's symmetry halves the work."""
     rows = differences.transpose(0, 1)  # [E, K, N]
     total = torch.zeros_like(rows[:, 0])
@@ -148,34 +193,26 @@ def row_errors(differences: Tensor, H: Tensor, panel: int = 256) -> Tensor:
         products = moment[:, :, low : low + panel] @ own
         if later.shape[1]:
             products.baddbmm_(moment[:, :, low + panel :], later, alpha=2)
-        total += (products * own).sum(1)
+        total += products.mul_(own).sum(1)
     return total
 
 
-def _order(H: Tensor, order: Order) -> Tensor | None:
-    """Columns by descending diagonal [E, K], or None for the stored order."""
-    if order == "none":
-        return None
-    return H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+def check_weights(W: Tensor, H: Tensor) -> None:
+    """InputError unless W [E, N, K] goes with H [E, K, K]."""
+    if W.dim() != 3:
+        raise InputError(f"W must be [N, K] or [E, N, K], not {list(W.shape)}")
+    if tuple(H.shape) != (len(W), W.shape[2], W.shape[2]):
+        wanted = [len(W), W.shape[2], W.shape[2]]
+        raise InputError(f"H of W {list(W.shape)} must be {wanted}, not {list(H.shape)}")
 
 
-def _reordered(H: Tensor, order: Tensor | None) -> Tensor:
-    if order is None:
-        return H
-    return torch.stack([matrix[columns][:, columns] for matrix, columns in zip(H, order, strict=True)])
-
-
-def _check(W: Tensor, H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: Options) -> None:
+def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: Options) -> None:
     """InputError with everything that is wrong with the arguments."""
     problems = []
-    if W.dim() != 3:
-        problems.append(f"W must be [N, K] or [E, N, K], not {list(W.shape)}")
-    elif tuple(H.shape) != (len(W), W.shape[2], W.shape[2]):
-        problems.append(f"H of W {list(W.shape)} must be {[len(W), W.shape[2], W.shape[2]]}, not {list(H.shape)}")
-    elif prior is not None and tuple(prior.shape[-2:]) != tuple(H.shape[-2:]):
+    if prior is not None and tuple(prior.shape[-2:]) != tuple(H.shape[-2:]):
         problems.append(f"prior must be {list(H.shape[-2:])}, not {list(prior.shape)}")
-    if num_tokens is not None and tuple(num_tokens.shape) != (len(W),):
-        problems.append(f"num_tokens must be [{len(W)}], not {list(num_tokens.shape)}")
+    if num_tokens is not None and tuple(num_tokens.shape) != (len(H),):
+        problems.append(f"num_tokens must be [{len(H)}], not {list(num_tokens.shape)}")
     if not H.isfinite().all():
         problems.append("H holds NaN or infinite values")
     if options.order not in ORDERS:

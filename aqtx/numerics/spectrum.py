@@ -17,6 +17,7 @@ from torch import Tensor
 
 FARMS_SIDE = 128
 FARMS_MAX_BLOCKS = 256
+LARGE = 256  # from here on it pays to save multiplications and to change libraries
 
 
 def farms_blocks(W: Tensor, side: int = FARMS_SIDE, max_blocks: int = FARMS_MAX_BLOCKS) -> Tensor:
@@ -38,16 +39,27 @@ def eigenvalues(W: Tensor, *, precise: bool) -> Tensor:
     # Scaled to 1 first: float32 squares would overflow from 1e19 on and vanish below 1e-23.
     W = W.float()
     peak = W.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    scaled: Tensor = torch.linalg.eigvalsh(_gram(W / peak)).clamp_min(0).double()
-    lam = scaled * peak.double().square()
+    lam = _symmetric_eigenvalues(_gram(W / peak)).clamp_min(0).double() * peak.double().square()
     return lam.flatten().sort().values
+
+
+def _symmetric_eigenvalues(G: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric G [..., r, r] given by its lower triangle; G is used up."""
+    if G.ndim > 2 or G.device.type != "cpu" or len(G) < LARGE:
+        found: Tensor = torch.linalg.eigvalsh(G)
+        return found
+    from scipy.linalg import eigh
+
+    # scipy's LAPACK takes 3/4 of the time of torch's; the transposed view is what LAPACK calls the upper triangle
+    values = eigh(G.numpy().T, lower=False, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd")
+    return torch.from_numpy(values)
 
 
 def _gram(W: Tensor) -> Tensor:
     """The Gram matrix of the smaller side, lower triangle only: halving twice saves 3/8 of the multiplications."""
     W = W.mT if W.shape[-2] > W.shape[-1] else W
     r = W.shape[-2]
-    if W.ndim > 2 or r < 256:
+    if W.ndim > 2 or r < LARGE:
         return W @ W.mT
     G = W.new_zeros(r, r)
     quarter = -(-r // 4)

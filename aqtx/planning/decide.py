@@ -13,6 +13,7 @@ from aqtx.numerics.allocate import Allocation, allocate
 from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.manual import Scheme, read_manual
 from aqtx.planning.options import Division, Options, build_options, divide, limit
+from aqtx.planning.rotate import measured
 from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
 from aqtx.planning.tiers import TIERS, honour_limits
@@ -43,7 +44,8 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
         if settings.groups and settings.method != "uniform":
             raise InputError(f"method {settings.method} cannot honour groups; use alpha, error or uniform")
         choice = honour_limits(TIERS[settings.method](options, settings, budget), options)
-        return Decision(_plan(program, division, options, settings, (choice, None, None)), {})
+        decision = Decision(_plan(program, division, options, settings, (choice, None, None)), {})
+        return _rotated(decision, program, options, settings, context, choice)
     seed = context.seed if settings.seed is None else settings.seed
     costed = replace(settings, method=settings.base) if settings.method == "search" else settings
     details = prepare(program, _requests(options), costed, context, seed)
@@ -51,9 +53,30 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
     if settings.method == "search":
         solve = partial(_allocate, cost, options, costed)
         found, details["search"] = search(program, options, settings, context, solve)
+    elif settings.rotate == "auto":
+        rotations = measured(program, _requests(options), settings, context)
+        found, rotated = rotations.solve(
+            cost, lambda joint: _allocate(joint, options, settings, budget)
+        )
+        plan = _plan(program, division, options, settings, (found.choice, cost, found))
+        return Decision(rotations.note(plan, rotated), {**details, "rotation": rotations.details(rotated)})
     else:
         found = _allocate(cost, options, settings, budget)
-    return Decision(_plan(program, division, options, settings, (found.choice, cost, found)), details)
+    decision = Decision(_plan(program, division, options, settings, (found.choice, cost, found)), details)
+    return _rotated(decision, program, options, settings, context, found.choice)
+
+
+def _rotated(
+    decision: Decision, program: Program, options: Options, settings: Settings, context: Context, choice: Tensor
+) -> Decision:
+    """The decision with the rotations that help the formats it chose, where settings ask for them."""
+    if settings.rotate == "none":
+        return decision
+    wanted = [(site, [options.formats[i]]) for site, i in zip(options.sites, choice.tolist(), strict=True)]
+    rotations = measured(program, wanted, settings, context)
+    rotated = rotations.choose(choice)
+    details = {**decision.details, "rotation": rotations.details(rotated)}
+    return Decision(rotations.note(decision.plan, rotated), details)
 
 
 def _requests(options: Options) -> list[Request]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aqtx.formats.table import Format, parse
+from aqtx.numerics.hadamard import is_order
 from aqtx.planning.groups import group_problems
 from aqtx.sensitivity.selection import format_problems
 
@@ -59,6 +60,9 @@ class Settings:
         keep: categories (`attention`, `router`, ...) and patterns of sites that stay as they are. Default:
             attention, router, shared_expert_gate and lm_head; nothing for `manual`, whose file decides.
         activations: `none`, or the format into which each token's inputs of planned sites are rounded.
+        rotate: `auto` measures on calibration text what a Hadamard rotation of each input gains, and decides formats
+            and rotations together; `insert_hadamard: {before: [plan]}` and `fuse_hadamard` then carry it out.
+        rotation_block: width of the rotation's blocks.
         direction: whether a low alpha earns more bits (the literature's reading) or a high one does.
         gamma: how strongly alpha weighs: cost s_l = exp(-gamma z_l), default 2; for `alphaq` the exponent, default 12.
         normalize: z-scores over `all` planned sites, or within each `category`.
@@ -90,6 +94,8 @@ class Settings:
     budget_bytes: int | None = None
     keep: tuple[str, ...] | None = None
     activations: str = "none"
+    rotate: Literal["none", "auto"] = "none"
+    rotation_block: int = 32
     direction: Literal["low_alpha_high_bits", "high_alpha_high_bits"] = "low_alpha_high_bits"
     gamma: float | None = None
     normalize: Literal["all", "category"] = "all"
@@ -165,6 +171,10 @@ class Settings:
             yield "method threshold needs alpha_threshold."
         if (self.method == "manual") != (self.plan is not None):
             yield "plan, a JSON file or its content, goes with method manual and only with it."
+        if self.rotate == "auto" and self.method == "manual":
+            yield "rotate auto goes with methods that decide; for manual name the sites to insert_hadamard."
+        if self.rotation_block < 2 or not is_order(self.rotation_block):
+            yield f"rotation_block: no Hadamard matrix of order {self.rotation_block} is known; take 16, 32, 64 or 128."
         for key in ("fisher_sequences", "trial_sequences", "num_trials", "search_steps"):
             if getattr(self, key) < 1:
                 yield f"{key} is below 1."

@@ -1,5 +1,7 @@
 """What GPTQ did matrix by matrix: the totals, and the ones with the fewest tokens or the largest damping."""
 
+from typing import Any
+
 from aqtx.report import html
 from aqtx.report.data import Absent, RunData, is_number
 from aqtx.report.numbers import count, decimal
@@ -37,4 +39,19 @@ def gptq(data: RunData) -> str:
         )
         for site in fewest
     ]
-    return html.paragraph(words) + html.fold(f"the {len(rows)} with the fewest tokens", html.table(header, rows))
+    fewest_table = html.fold(f"the {len(rows)} with the fewest tokens", html.table(header, rows))
+    return html.paragraph(words) + fewest_table + _channels(data.details("gptq").get("channels") or [])
+
+
+def _channels(channels: list[dict[str, Any]]) -> str:
+    """Largest activation of each input channel: how far the outliers stand above the median channel."""
+    if not channels:
+        return ""
+    ordered = sorted(channels, key=lambda row: -row["largest"] / max(row["median"], 1e-12))[:_SHOWN]
+    rows = [
+        (row["weight"], *(decimal(row[key], 2) for key in ("median", "p99", "largest")),
+         decimal(row["largest"] / max(row["median"], 1e-12), 1))
+        for row in ordered
+    ]  # fmt: skip
+    header = ("weight", "median channel", "99 % of channels", "largest channel", "largest / median")
+    return html.fold("ranges of the input channels, widest first", html.table(header, rows))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from aqtx.report import figures_alpha, figures_error, figures_outcome, gptq_table, html, sections
+from aqtx.report import figures_alpha, figures_error, figures_outcome, gptq_table, html, sections, study_table
 from aqtx.report.canvas import save_figure
 from aqtx.report.data import Absent, RunData
 from aqtx.report.figures_maps import layer_map, utilisation
@@ -81,7 +81,9 @@ PARTS = (
             "router_load": (figures_outcome.router_load, "Expert loads before and after router finetuning."),
         },
     ),
-    Part("study", "Study", None, {"pareto": (figures_outcome.pareto, "Perplexity against size, by method.")}),
+    Part(
+        "study", "Study", study_table.study, {"pareto": (figures_outcome.pareto, "Perplexity against size, by method.")}
+    ),
     Part("passes", "Passes", sections.passes, {}),
     Part("settings", "Settings and versions", sections.settings, {}),
 )

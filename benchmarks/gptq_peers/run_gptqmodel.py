@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 
 def main(source: str, target: str, format_name: str) -> None:
+    """Load, round, save, print seconds."""
     if format_name != "int4":
         raise SystemExit(f"GPTQModel has no GPTQ to {format_name}")
     torch.set_num_threads(1)
@@ -37,6 +38,7 @@ def main(source: str, target: str, format_name: str) -> None:
 
 
 def make_task(weight: torch.Tensor) -> GPTQ:
+    """Its worker for one matrix: symmetric, groups of 128, no act-order."""
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     module.weight.data = weight.clone()
     config = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, act_group_aware=False, damp_percent=0.01)

@@ -7,6 +7,7 @@ projection go as one batch, which is what its `batched_quantization: auto` does 
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import preset_name_to_scheme
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 
 def main(source: str, target: str, format_name: str) -> None:
+    """Load, round, save, print seconds."""
     torch.set_num_threads(1)
     problem = load_file(source)
     scheme = {"int4": "W4A16", "mxfp4": "MXFP4A16"}[format_name]
@@ -30,11 +32,12 @@ def main(source: str, target: str, format_name: str) -> None:
     print(json.dumps(told))
 
 
-def quantize(problem: dict, projection: str, args) -> torch.Tensor:
+def quantize(problem: dict[str, torch.Tensor], projection: str, args: Any) -> torch.Tensor:
+    """One projection of all experts."""
     rows = problem["inner" if projection == "down" else "rows"]
     modules, hessians, samples, qparams = [], {}, {}, []
     start = 0
-    for weight, end in zip(problem[projection], problem["offsets"].tolist()):
+    for weight, end in zip(problem[projection], problem["offsets"].tolist(), strict=True):
         module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         module.weight.data = weight.clone()
         hessian, count = make_empty_hessian(module), torch.zeros(())

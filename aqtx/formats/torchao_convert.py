@@ -1,0 +1,86 @@
+"""To and from torchao's own tensor classes, exact in both directions, and its safetensors registry.
+
+On GPUs torchao computes MX and NVFP4 with hardware instructions; its classes are the conversion target
+there. Codes are copied, never rounded again. torchao keeps 6-bit codes in whole bytes and E8M0 scales
+as float8_e8m0fnu; both change on the way and back without loss.
+"""
+
+from typing import Any
+
+import torch
+
+from aqtx.errors import InputError
+from aqtx.formats.packing import from_disk_order, pack, to_disk_order
+from aqtx.formats.table import E8M0, NVFP4_SCALE, parse
+from aqtx.formats.tensor import QuantizedTensor
+from aqtx.formats.torchao_base import import_quietly
+
+# our format -> torchao's name of the element and the dtype of its codes
+_MX_ELEMENTS: dict[str, tuple[Any, torch.dtype]] = {
+    "mxfp4": (torch.float4_e2m1fn_x2, torch.uint8),
+    "mxfp6_e2m3": ("fp6_e2m3", torch.uint8),
+    "mxfp6_e3m2": ("fp6_e3m2", torch.uint8),
+    "mxfp8_e4m3": (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    "mxfp8_e5m2": (torch.float8_e5m2, torch.float8_e5m2),
+}
+
+
+def to_torchao(tensor: QuantizedTensor) -> Any:
+    """The `MXTensor` or `NVFP4Tensor` with the same codes and scales. InputError for other formats."""
+    fmt = tensor.format
+    block = fmt.block_size(tensor.num_columns)
+    if fmt.scale not in (E8M0, NVFP4_SCALE):
+        raise InputError(f"torchao has no tensor class for {fmt.name}: only MX and NVFP4 formats convert")
+    if tensor.num_columns % block:
+        raise InputError(f"torchao takes whole blocks of {block} only, not rows of {tensor.num_columns}")
+    assert tensor.scale is not None
+    codes = tensor.codes()
+    if fmt.scale is NVFP4_SCALE:
+        assert tensor.per_tensor_scale is not None
+        scale = tensor.scale.view(torch.float8_e4m3fn)
+        per_matrix = tensor.per_tensor_scale if tensor.dim() == 3 else tensor.per_tensor_scale.reshape(())
+        made = import_quietly("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor
+        return made(to_disk_order(codes, 4), scale, block, tensor.orig_dtype, per_tensor_scale=per_matrix)
+    element, dtype = _MX_ELEMENTS[fmt.name.partition("@")[0]]
+    data = to_disk_order(codes, 4) if fmt.element.bits == 4 else codes.contiguous()
+    scale = tensor.scale.view(torch.float8_e8m0fnu)
+    preference = import_quietly("torchao.quantization.quantize_.common.kernel_preference").KernelPreference.EMULATED
+    made = import_quietly("torchao.prototype.mx_formats.mx_tensor").MXTensor
+    return made(data.view(dtype), scale, element, block, tensor.orig_dtype, preference, None, False)
+
+
+def from_torchao(tensor: Any, scale_rule: str | None = None) -> QuantizedTensor:
+    """The `QuantizedTensor` of an `MXTensor` or `NVFP4Tensor`; `scale_rule` records how its scales were chosen."""
+    if type(tensor).__name__ not in ("MXTensor", "NVFP4Tensor"):
+        raise InputError(f"cannot convert a {type(tensor).__name__}: only torchao's MXTensor and NVFP4Tensor")
+    if tensor.is_swizzled_scales or not tensor.qdata.is_contiguous():
+        raise InputError("cannot convert a torchao tensor with swizzled scales or transposed data")
+    num_columns, per_matrix = tensor.shape[-1], None
+    if type(tensor).__name__ == "NVFP4Tensor":
+        fmt = parse("nvfp4", scale_rule=scale_rule)
+        given = tensor.per_tensor_scale
+        leading = (*tensor.shape[:-2], 1, 1)
+        per_matrix = (
+            torch.ones(leading, device=tensor.device) if given is None else given.float().expand(leading).clone()
+        )
+    else:
+        names = {element: name for name, (element, _) in _MX_ELEMENTS.items()}
+        fmt = parse(names[tensor.elem_dtype], scale_rule=scale_rule)
+        if tensor.block_size != fmt.block:
+            raise InputError(
+                f"cannot convert an MXTensor with blocks of {tensor.block_size}: MX blocks are {fmt.block}"
+            )
+    data = tensor.qdata.view(torch.uint8)
+    codes = from_disk_order(data, 4, num_columns) if fmt.element.bits == 4 else data
+    scale = tensor.scale.view(torch.uint8).reshape(*tensor.shape[:-1], -1)
+    qdata = pack(codes, fmt.element.bits)
+    return QuantizedTensor(qdata, fmt.name, num_columns, tensor.orig_dtype, scale, None, per_matrix)
+
+
+def register_safetensors() -> None:
+    """Let torchao's safetensors helpers, and transformers through them, save and load `QuantizedTensor`."""
+    registry = import_quietly("torchao.prototype.safetensors.safetensors_utils")
+    registry.ALLOWED_CLASSES["QuantizedTensor"] = QuantizedTensor
+    allowed = registry.ALLOWED_TENSORS_SUBCLASSES
+    if "QuantizedTensor" not in allowed:
+        allowed.append("QuantizedTensor")

@@ -1,0 +1,118 @@
+"""Which inputs to rotate, decided together with the formats.
+
+A rotation costs no bytes. All planned readers of one input share the choice, so that one node serves them.
+Formats and rotations are improved in turn, from all inputs plain and from all rotated, until nothing
+changes; each step can only lower the cost. The bound on any choice lets every site choose for itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from aqtx.numerics.allocate import Allocation
+from aqtx.plan import Plan
+from aqtx.planning.settings import Settings
+from aqtx.program import Program, Site
+from aqtx.registry import Context
+from aqtx.rotation import input_rotation
+from aqtx.sensitivity.measured import Request
+from aqtx.sensitivity.rotation import annotation, measure_rotations
+
+_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Measured output errors of each site and format, plain and rotated [sites, formats]; NaN where not measured."""
+
+    sites: Sequence[Site]
+    plain: Tensor
+    rotated: Tensor
+    block: int
+
+    @property
+    def inputs(self) -> Tensor:
+        """A number per site, equal for the readers of one input."""
+        numbers: dict[object, int] = {}
+        return torch.tensor([numbers.setdefault(site.node.args[0], len(numbers)) for site in self.sites])
+
+    @property
+    def ratio(self) -> Tensor:
+        """The factor by which a rotation changes what a site loses; 1 where it was not measured."""
+        return torch.nan_to_num(self.rotated / self.plain.clamp_min(1e-300), nan=1.0)
+
+    @property
+    def possible(self) -> Tensor:
+        """Sites whose input may be rotated: all readers of it are measured, and it is not rotated yet."""
+        free = [input_rotation(site.node) is None for site in self.sites]
+        own = torch.tensor(free, dtype=torch.bool) & ~self.plain.isnan().all(1)
+        return self._by_input((~own).double())[self.inputs] == 0
+
+    def choose(self, choice: Tensor, cost: Tensor | None = None) -> Tensor:
+        """Rotated sites, bool, for given formats: the inputs whose readers lose less in sum."""
+        rows = torch.arange(len(choice))
+        plain = (self.plain if cost is None else cost)[rows, choice]
+        gain = torch.nan_to_num(plain * (1 - self.ratio[rows, choice]))
+        return (self._by_input(gain)[self.inputs] > 0) & self.possible
+
+    def solve(self, cost: Tensor, solve: Callable[[Tensor], Allocation]) -> tuple[Allocation, Tensor]:
+        """Formats and rotated sites of least cost that the steps find, with a bound that holds for any choice."""
+        found: list[tuple[Allocation, Tensor]] = []
+        for rotated in (torch.zeros_like(self.possible), self.possible):
+            for _ in range(_ROUNDS):
+                allocation = solve(self._cost(cost, rotated))
+                found.append((allocation, rotated))
+                better = self.choose(allocation.choice, cost)
+                if torch.equal(better, rotated):
+                    break
+                rotated = better
+        free = self._cost(cost, self.possible[:, None] & (self.ratio < 1))
+        bound = solve(free).bound
+        best, rotated = min(found, key=lambda pair: pair[0].cost)
+        gap = best.cost / bound - 1 if bound > 0 else 0.0
+        return replace(best, bound=bound, gap=gap), rotated
+
+    def note(self, plan: Plan, rotated: Tensor) -> Plan:
+        """The plan with its rotations; of a stack with a rotated expert all experts are, since they share an input."""
+        weights = {site.weight for site, turned in zip(self.sites, rotated.tolist(), strict=True) if turned}
+        return replace(plan, sites=_noted(plan, self.sites, weights, self.block))
+
+    def details(self, rotated: Tensor) -> dict[str, object]:
+        """What the report tells."""
+        inputs = self.inputs
+        return {"block": self.block, "inputs": int(inputs.max()) + 1, "rotated": len(set(inputs[rotated].tolist()))}
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        inputs = self.inputs
+        return torch.zeros(int(inputs.max()) + 1, dtype=values.dtype).index_add_(0, inputs, values)
+
+    def _cost(self, cost: Tensor, rotated: Tensor) -> Tensor:
+        rows = rotated if rotated.dim() == 2 else rotated[:, None]
+        return torch.where(rows, cost * self.ratio, cost)
+
+
+def measured(program: Program, wanted: Sequence[Request], settings: Settings, context: Context) -> Rotations:
+    """Measure what rotations gain on the sites and formats that are to be decided."""
+    block, activation = settings.rotation_block, settings.activations
+    measure_rotations(program, wanted, context, block=block, activation=activation)
+    sites, names = [site for site, _ in wanted], [fmt.name for fmt in settings.formats]
+    known = [site.get(annotation(block, activation), {}) for site in sites]
+    table = torch.tensor(
+        [[row.get(name, [float("nan")] * 2) for name in names] for row in known], dtype=torch.float64
+    ).reshape(len(sites), len(names), 2)
+    return Rotations(sites, table[..., 0], table[..., 1], block)
+
+
+def _noted(plan: Plan, sites: Sequence[Site], weights: set[str], block: int) -> dict[str, object]:
+    turned = {name for site in sites if site.weight in weights for name in _stack(site)}
+    return {name: replace(entry, rotation=block) if name in turned else entry for name, entry in plan.sites.items()}
+
+
+def _stack(site: Site) -> list[str]:
+    from aqtx.tensor_names import expert_key
+
+    if site.expert is None:
+        return [site.name]
+    return [expert_key(site.weight, expert).removesuffix(".weight") for expert in range(site.slots)]

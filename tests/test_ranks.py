@@ -1,0 +1,96 @@
+"""One run on two processes: the same plan, the same codes up to the order of a sum, and a rank that dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import aqtx
+from aqtx.locate import locate
+from tests.tiny import OLMOE, write_checkpoint
+
+PASSES = [
+    {"annotate_alpha": {}},
+    {"assign_plan": {"method": "alpha", "candidates": ["mxfp4", "mxfp8"], "average_bits": 6.0, "keep": ["lm_head"]}},
+    {"gptq": {"tokens_per_batch": 128}},
+    "emit",
+]
+
+
+def write_recipe(folder: Path) -> Path:
+    """A recipe over a tiny model that reads the shipped text with the shipped tokenizer."""
+    source = write_checkpoint(folder / "source", OLMOE | {"vocab_size": 4096})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((locate("tinymoe") / name).read_bytes())
+    recipe = {"version": 1, "seed": 0, "model": {"source": str(source), "dtype": "float32"}, "passes": PASSES}
+    recipe |= {"calibration": {"source": "builtin", "num_sequences": 12, "sequence_length": 64}, "report": False}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def start(ranks: int, recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    """`aqtx apply` on so many processes."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--no-python"]
+    words = [sys.executable, "-m", "aqtx", "apply", str(recipe), f"output={output}", *options]
+    launched = [sys.executable, *launcher, *words] if ranks > 1 else words
+    return subprocess.Popen(launched, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What a run that succeeds prints."""
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return out
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal plans; codes equal but where the moments' sums, taken in another order, tip a rounding."""
+    assert (one / "plan.json").read_text() == (other / "plan.json").read_text()
+    weights = [aqtx.load(folder).weights for folder in (one, other)]
+    differing = total = 0
+    for name in weights[0].names():
+        a, b = (store.get(name).dequantize() if hasattr(store.get(name), "dequantize") else store.get(name) for store in weights)
+        differing += int((a != b).sum())
+        total += a.numel()
+    assert differing / total < 1e-3
+
+
+def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    runs = {ranks: start(ranks, recipe, tmp_path / f"out-{ranks}") for ranks in (1, 2)}
+    printed = {ranks: finished(process) for ranks, process in runs.items()}
+    assert_same_run(tmp_path / "out-1", tmp_path / "out-2")
+    assert printed[2].count("out-2") == 1, "only one rank prints"
+    told = [json.loads((tmp_path / f"out-{ranks}" / "report.json").read_text()) for ranks in (1, 2)]
+    rows = [next(row for row in report["passes"] if row["name"] == "gptq")["details"]["sites"] for report in told]
+    assert [row["site"] for row in rows[0]] == [row["site"] for row in rows[1]]
+    assert [row["tokens"] for row in rows[0]] == [row["tokens"] for row in rows[1]]
+    assert not (tmp_path / "out-2.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_run_and_the_run_resumes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    process = start(2, recipe, tmp_path / "out")
+    record = tmp_path / "out.partial" / "work" / "gptq-2" / "block-1.json"
+    while not record.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(max(children_of(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert "another rank of this run is gone" in errors or "Signal 9" in errors
+    finished(start(2, recipe, tmp_path / "out", "--resume"))
+    finished(start(1, recipe, tmp_path / "whole"))
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def children_of(parent: int) -> list[int]:
+    """Process ids of the ranks that a launcher started."""
+    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
