@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for its users; read when it is imported
     try:
         arguments = parse_arguments(words)
         # torchao registers its enums in a way that torch 2.13 logs a deprecation for; it is none of a user's business.

@@ -212,11 +212,11 @@ def usage_of(program: Program, ids: Tensor) -> Tensor:
     module = program.module("score")
     assert isinstance(module, fx.GraphModule)
     routed = Routed(module)
-    total = 0
+    counts = []
     for batch in ids.split(8):
         routed.run(batch.to(program.device))
-        total = total + routed.usage(1)[0]
-    return torch.as_tensor(total).cpu()
+        counts.append(routed.usage(1)[0])
+    return torch.stack(counts).sum(0).cpu()
 
 
 def calibration(program: Program, num_sequences: int, length: int, seed: int, folder: Path | None) -> Tensor:

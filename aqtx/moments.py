@@ -61,10 +61,13 @@ class Moments:
         ranks.take_largest(self.largest)
 
     def finish(self) -> None:
-        """Mirror H and turn weighted counts into numbers of equally weighted tokens: (sum w)^2 / sum w^2."""
+        """Mirror H; weighted rows count as T = (sum w)^2 / sum w^2 equal ones, and H is T times their mean."""
         for H in self.H:
             mirror(H)
-        self.tokens = torch.where(self.squares > 0, self.tokens.square() / self.squares.clamp_min(1e-30), self.tokens)
+        if bool((self.squares > 0).any()):
+            scale = self.tokens / self.squares.clamp_min(1e-30)
+            self.H *= scale[:, None, None]
+            self.tokens = self.tokens * scale
 
 
 def add_outer(H: Tensor, rows: Tensor) -> None:

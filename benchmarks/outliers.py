@@ -15,7 +15,7 @@ from aqtx.residual import NORM, readers
 from aqtx.rowwise import Unproven, aten, is_linear, weight_name
 
 
-def plant(program: Program, *, factor: float = 16.0, share: float = 0.01, seed: int = 0) -> None:
+def plant(program: Program, *, factor: float = 4.0, share: float = 0.03, seed: int = 0) -> None:
     """Scale a `share` of each input's channels by `factor`: behind norms, in v, and in the product before down."""
     generator = torch.Generator().manual_seed(seed)
     for node in list(program.graph.nodes):

@@ -15,14 +15,11 @@ from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
 from aqtx.registry import Context
 
 UNIFORM = [{"assign_plan": {"method": "uniform", "candidates": ["mxfp8"]}}, "gptq", "emit"]
-ERROR = {"passes__1__assign_plan__method": "error"}
-# label -> recipe and overrides; the first row, the unquantized model, is no run
+# label -> recipe and overrides; the table's first row, the unquantized model, is no run
 ARMS = {
-    "alpha, 30 % MXFP4 and 70 % MXFP8 (`alphaquant_classic`)": ("alphaquant_classic", {}),
+    "alpha: 30 % MXFP4, 70 % MXFP8 (`alphaquant_classic`)": ("alphaquant_classic", {}),
     "uniform MXFP8": ("quickstart", {"passes": UNIFORM}),
-    "ours, alpha, 5 bits (`quickstart`)": ("quickstart", {}),
-    "ours, measured error alone, 5 bits": ("quickstart", ERROR),
-    "ours, alpha, 4.25 to 4.5 bits": ("quickstart", {"passes__1__assign_plan__average_bits": 4.5}),
+    "ours: 5 bits (`quickstart`)": ("quickstart", {}),
 }
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     """Run the arms that are not known yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--outliers", type=float, nargs="?", const=16.0, default=1.0, help="plant channels this large")
+    parser.add_argument("--outliers", type=float, nargs="?", const=4.0, default=1.0, help="plant channels this large")
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "int4_g32", "nvfp4"])
     parser.add_argument("--arms", nargs="+", default=["plain", "auto", "blocks", "fused"])
     parser.add_argument("--weights-only", action="store_true")

@@ -6,7 +6,7 @@ from typing import Literal
 from aqtx.formats import parse
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
-from aqtx.sensitivity.fisher import measure_fisher
+from aqtx.sensitivity.fisher import KEYS, measure_fisher
 from aqtx.sensitivity.measured import requests
 from aqtx.sensitivity.selection import format_problems, selected_sites
 
@@ -46,5 +46,5 @@ class AnnotateFisher(Pass):
         wanted = requests(sites, [parse(name) for name in self.formats])
         per_matrix = self.detail == "matrix"
         measure_fisher(program, wanted, context, num_sequences=self.num_sequences, per_matrix=per_matrix)
-        details = {"sites": [{"site": site.name, "fisher": site.get("fisher")} for site in sites]}
+        details = {"sites": [{"site": site.name, "fisher": site.get(KEYS[self.detail])} for site in sites]}
         return Changes(changed=[site.name for site in sites], details=details)

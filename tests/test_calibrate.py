@@ -126,9 +126,10 @@ def test_gate_scores_weigh_the_right_rows(program, model, ids, power) -> None:
     tokens, experts, gate = moe_inputs(model, ids)[0]
     chosen = experts == 1
     c = (gate * chosen).sum(1)[chosen.any(1)] ** power
-    rows = tokens[chosen.any(1)]
-    assert torch.allclose(want.moments.H[0], (rows * c[:, None]).T @ rows, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(want.moments.tokens[0], c.sum() ** 2 / (c**2).sum(), rtol=1e-4)
+    rows, num_tokens = tokens[chosen.any(1)], c.sum() ** 2 / (c**2).sum()
+    assert torch.allclose(want.moments.tokens[0], num_tokens, rtol=1e-4)
+    expected = (rows * c[:, None]).T @ rows / c.sum() * num_tokens
+    assert torch.allclose(want.moments.H[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_stream_on_disk_is_the_stream_in_memory(program, ids, tmp_path) -> None:
@@ -159,3 +160,21 @@ def test_outer_products_in_panels() -> None:
     add_outer(H, rows)
     mirror(H)
     assert torch.allclose(H, rows.T @ rows, atol=1e-3)
+
+
+def test_activation_quantization_is_in_effect(model, ids) -> None:
+    """A planned activation format puts a node before the linear; its output is what is measured."""
+    program = trace(model)
+    for name in ("gate_proj", "up_proj"):
+        weight = f"model.layers.0.mlp.experts.{name}"
+        program.edit({"edit": "quantize_activation", "weight": weight, "formats": ["mxfp4"] * 4})
+    blocks = blocks_of(program)
+    stage = waves_of(blocks[1], [site for site in planned(program) if site.layer == 0])[2][0]
+    assert stage.source.target is torch.ops.aqtx.quantize_activation.default and len(stage.sites) == 2
+    runner = runner_of(program, ids)
+    runner.advance(blocks[0], runner.load(blocks[0]))
+    want = Want(stage, Moments.empty([0], stage.num_inputs, CPU))
+    runner.collect(blocks[1], runner.load(blocks[1]), [want])
+    tokens, experts, _ = moe_inputs(model, ids)[0]
+    rows = torch.ops.aqtx.quantize_activation(tokens[(experts == 0).any(1)], "mxfp4")
+    assert torch.allclose(want.moments.H[0], rows.T @ rows, rtol=1e-4, atol=1e-4)

@@ -34,7 +34,7 @@ def damaged(tmp_path_factory):
     nan[3, 7] = float("nan")
     write("nan", {**tensors, UP: nan})
     write("shape", {**tensors, UP: tensors[UP][:-1].clone()})
-    write("unknown", tensors, model_type="rwkv")
+    write("unknown", tensors, model_type="rwkv9000")
     (root / "pickled").mkdir()
     (root / "pickled" / "config.json").write_text((source / "config.json").read_text())
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80")
@@ -58,7 +58,7 @@ def errors(capsys, *words: str) -> tuple[int, list[str]]:
         ("missing", [UP, "missing"]),
         ("nan", [UP.removesuffix(".weight"), "NaN"]),
         ("shape", [UP, "127", "128"]),
-        ("unknown", ["rwkv"]),
+        ("unknown", ["rwkv9000"]),
         ("pickled", ["pytorch_model.bin", "save_pretrained"]),
         ("empty", ["config.json"]),
         ("nowhere", ["neither a folder nor a shipped model"]),

@@ -121,6 +121,36 @@ def test_choices_are_scored_as_lm_evals_own_backend_scores_them(ours, theirs, fo
         np.testing.assert_allclose(*zip(*pairs, strict=True), atol=6e-4, err_msg=name)
 
 
+def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(program, ours, folder, tmp_path):
+    """The same dequantized weights in float32: one through our graph, one through transformers and lm-eval."""
+    from lm_eval.models.huggingface import HFLM
+
+    import aqtx
+    from aqtx.evaluate.lm import ProgramLM
+    from aqtx.export import dequantized
+    from aqtx.passes.emit import Emit
+    from aqtx.passes.quantize import Quantize
+    from aqtx.registry import Context
+    from aqtx.tracing import trace
+
+    quantized = trace("tinymoe", torch.float32)
+    for site in quantized.sites():
+        if site.expert is not None:
+            site.set("format", "mxfp4")
+    for step in (Quantize(), Emit()):
+        step.run(quantized, Context(quiet=True))
+    aqtx.save(quantized, tmp_path / "packed")
+    dequantized(tmp_path / "packed", tmp_path / "plain", dtype=torch.float32)
+    quantized.emitted = False  # the dense lowering
+    mine = ProgramLM(quantized.module(), ours.tokenizer, max_length=512, batch_size=5)
+    other = HFLM(pretrained=str(tmp_path / "plain"), dtype="float32", batch_size=5, device="cpu", max_length=512)
+    names = ("hellaswag", "piqa", "winogrande")
+    first, second = (run_tasks(model, names, include_path=folder) for model in (mine, other))
+    assert {name: answer_gaps(first[name], second[name]) for name in names} == {name: [] for name in names}
+    plain = run_tasks(ours, names, include_path=folder)
+    assert any(str(plain[name].samples) != str(first[name].samples) for name in names)  # it was quantized
+
+
 def test_few_shot_prompts_and_generation_agree_with_it(ours, theirs, folder):
     mine = run_tasks(ours, ["gsm8k"], include_path=folder, num_fewshot=2)["gsm8k"]
     other = run_tasks(theirs, ["gsm8k"], include_path=folder, num_fewshot=2)["gsm8k"]

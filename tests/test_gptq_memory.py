@@ -74,7 +74,7 @@ def child(checkpoint: str, work: str) -> None:
         ids = torch.randint(0, 512, (8, 128), generator=torch.Generator().manual_seed(0))
         context = Context(quiet=True, work=Path(work), load_calibration=lambda: ids)
         changes = Gptq(max_memory=500_000_000, stream="disk", tokens_per_batch=512).run(program, context)
-    print(json.dumps({"peak": peak.num_bytes, "changed": len(changes.changed)}))
+    sys.stdout.write(json.dumps({"peak": peak.num_bytes, "changed": len(changes.changed)}) + "\n")
 
 
 def peak_of(folder: Path) -> dict[str, int]:

@@ -36,7 +36,7 @@ def write_recipe(folder: Path) -> Path:
 
 def start(ranks: int, recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     """`aqtx apply` on so many processes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--no-python"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
     words = [sys.executable, "-m", "aqtx", "apply", str(recipe), f"output={output}", *options]
     launched = [sys.executable, *launcher, *words] if ranks > 1 else words
     return subprocess.Popen(launched, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -55,7 +55,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     weights = [aqtx.load(folder).weights for folder in (one, other)]
     differing = total = 0
     for name in weights[0].names():
-        a, b = (store.get(name).dequantize() if hasattr(store.get(name), "dequantize") else store.get(name) for store in weights)
+        a, b = (
+            store.get(name).dequantize() if hasattr(store.get(name), "dequantize") else store.get(name)
+            for store in weights
+        )
         differing += int((a != b).sum())
         total += a.numel()
     assert differing / total < 1e-3

@@ -12,6 +12,7 @@ from aqtx.errors import InputError
 from aqtx.report import write_comparison, write_report
 from aqtx.report.canvas import save_figure
 from aqtx.report.data import read_run
+from aqtx.report.figures_clusters import assign_clusters
 from aqtx.report.figures_maps import draw_grids, layer_map
 from aqtx.report.fits import all_fits
 from aqtx.report.numbers import decimal, interval, megabytes
@@ -227,3 +228,28 @@ def test_runs_stand_side_by_side_with_what_differs(run_folder, tmp_path, monkeyp
     assert "<td>seed</td>" not in page
     with pytest.raises(InputError, match="two runs"):
         write_comparison([run_folder], tmp_path)
+
+
+def test_clusters_find_groups_that_are_there():
+    random = np.random.default_rng(0)
+    centres = np.array([[0, 0], [10, 0], [0, 300], [10, 300]])
+    groups = [centre + random.normal(size=(count, 2)) for centre, count in zip(centres, (9, 7, 5, 3), strict=True)]
+    labels = assign_clusters(np.concatenate(groups))
+    assert labels.tolist() == [0] * 9 + [1] * 7 + [2] * 5 + [3] * 3
+
+
+def test_the_quickstarts_page_holds_its_figures_and_says_what_it_has_not(quickstart):
+    page = (quickstart.directory / "report.html").read_text()
+    drawn = {path.stem for path in (quickstart.directory / "figures").iterdir()}
+    assert drawn >= {
+        "alpha_histogram",
+        "alpha_before_after",
+        "map_alpha",
+        "map_bits",
+        "map_error",
+        "perplexity_change",
+        "clusters",
+    }
+    assert set(re.findall(r'id="figure-([a-z_]+)"', page)) == drawn
+    assert "No router was finetuned in this run" in page
+    assert "This run has no task results" in page

@@ -128,7 +128,7 @@ def test_fisher_per_matrix_takes_the_mean(program: Program, context: Context) ->
     fresh = aqtx.trace(program.folder or "", dtype=torch.float32)
     AnnotateFisher(formats=("int3",), num_sequences=2, detail="matrix", sites=("lm_head",)).run(fresh, context)
     AnnotateFisher(formats=("int3",), num_sequences=2, sites=("lm_head",)).run(program, context)
-    coarse = next(site for site in fresh.sites() if site.name == "lm_head").get("fisher")["int3"]
+    coarse = next(site for site in fresh.sites() if site.name == "lm_head").get("fisher_matrix")["int3"]
     fine = next(site for site in program.sites() if site.name == "lm_head").get("fisher")["int3"]
     assert coarse == pytest.approx(fine, rel=1.0) and coarse > 0
 

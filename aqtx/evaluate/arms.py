@@ -81,16 +81,24 @@ class EvalResults:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
-        """eval.json, eval.md, and a log of every item: samples/ARM.TASK.jsonl, documents/ARM.json."""
+        """eval.json, eval.md, a log of every item, and of the items that an arm answers unlike the first.
+
+        samples/ARM.TASK.jsonl, differing/ARM.TASK.jsonl (with how close each answer was), documents/ARM.json.
+        """
+        from aqtx.evaluate.tasks import answer_gaps
+
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "eval.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
         (folder / "eval.md").write_text(self.to_markdown())
         for name, scores in self.perplexity.items():
             _write(folder / "documents" / f"{_file_name(name)}.json", json.dumps(scores.to_json()))
+        reference = next(iter(self.tasks.values()), {})
         for name, tasks in self.tasks.items():
             for task, result in tasks.items():
-                lines = "".join(json.dumps(sample, default=str) + "\n" for sample in result.samples)
-                _write(folder / "samples" / f"{_file_name(name)}.{task}.jsonl", lines)
+                place = f"{_file_name(name)}.{task}.jsonl"
+                _write(folder / "samples" / place, _lines(result.samples))
+                if tasks is not reference:
+                    _write(folder / "differing" / place, _lines(answer_gaps(reference[task], result)))
 
 
 def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dtype | None = None) -> dict[str, Program]:
@@ -175,6 +183,10 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 def _file_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, default=str) + "\n" for row in rows)
 
 
 def _write(path: Path, text: str) -> None:

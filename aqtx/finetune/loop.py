@@ -143,12 +143,12 @@ def _batches(count: int, schedule: Schedule, seed: int) -> Iterator[Tensor]:
 
 
 def _warmup_then_cosine(steps: int, schedule: Schedule) -> Callable[[int], float]:
-    """Linear to 1, then a half cosine to a tenth."""
+    """Linear to 1, then a half cosine to 0: the last steps average out what noise the first ones brought."""
     warmup = max(1, round(schedule.warmup_fraction * steps))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
     return factor

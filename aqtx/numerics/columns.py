@@ -26,18 +26,21 @@ class Grid:
     block: int
     scale: Tensor
     zero_point: Tensor | None
+    experts: Tensor  # 0, 1, ..., E - 1
 
     @classmethod
     def of(cls, scales: Scales, fmt: Format, num_columns: int) -> "Grid":
         """From the stored scales of a [E, N, K] weight."""
         zero_point = None if scales.zero_point is None else _blocks_first(scales.zero_point.to(torch.float32))
-        return cls(fmt, fmt.block_size(num_columns), _blocks_first(decode_scale(scales, fmt)), zero_point)
+        scale = _blocks_first(decode_scale(scales, fmt))
+        experts = torch.arange(scale.shape[1], device=scale.device)
+        return cls(fmt, fmt.block_size(num_columns), scale, zero_point, experts)
 
     def snap(self, values: Tensor, block: int | Tensor) -> Tensor:
         """Nearest values: [..., E, N], all in block number `block`, or in block `block[e]` for expert e."""
-        experts = () if isinstance(block, int) else (torch.arange(len(block), device=block.device),)
-        zero_point = None if self.zero_point is None else self.zero_point[(block, *experts)]
-        return snap(values, self.fmt, self.scale[(block, *experts)], zero_point)
+        place = block if isinstance(block, int) else (block, self.experts)
+        zero_point = None if self.zero_point is None else self.zero_point[place]
+        return snap(values, self.fmt, self.scale[place], zero_point)
 
     def nearest(self, weights: Tensor) -> Tensor:
         """Round-to-nearest of weights [K, E, N] in their stored order."""
@@ -52,12 +55,12 @@ def _blocks_first(x: Tensor) -> Tensor:
 
 def columns_first(x: Tensor) -> Tensor:
     """[E, N, K] -> [K, E, N]; as a transpose of two dimensions, for which torch has a blocked copy."""
-    return x.reshape(-1, x.shape[-1]).t().contiguous().unflatten(1, x.shape[:2])
+    return x.reshape(-1, x.shape[-1]).t().contiguous().view(x.shape[-1], *x.shape[:2])
 
 
 def columns_last(x: Tensor) -> Tensor:
     """[K, E, N] -> [E, N, K]."""
-    return x.flatten(1).t().contiguous().unflatten(0, x.shape[1:])
+    return x.flatten(1).t().contiguous().view(*x.shape[1:], len(x))
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -67,5 +67,6 @@ def save_figure(draw: Callable[[], Figure], path: Path) -> None:
 
 def legend_below(axes: Axes, entries: Mapping[str, Any] | None = None) -> None:
     """A legend under the axes, where it hides no data."""
-    columns = min(5, max(1, len(entries or axes.get_legend_handles_labels()[0])))
+    labels = list(entries or axes.get_legend_handles_labels()[1])
+    columns = 2 if any(len(label) > 20 for label in labels) else min(5, max(1, len(labels)))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns)

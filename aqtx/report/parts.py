@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from aqtx.report import figures_alpha, figures_error, figures_outcome, gptq_table, html, sections, study_table
 from aqtx.report.canvas import save_figure
 from aqtx.report.data import Absent, RunData
+from aqtx.report.figures_clusters import clusters
 from aqtx.report.figures_maps import layer_map, utilisation
 
 Draw = Callable[[RunData], Figure]
@@ -68,6 +69,7 @@ PARTS = (
         {
             "gptq_gain": (figures_error.gptq_gain, "Below one: better than round-to-nearest on the calibration text."),
             "map_tokens": (layer_map("tokens", "calibration tokens", cmap="cividis"), "Tokens that each matrix saw."),
+            "clusters": (clusters, "Experts that are alike, with the size and the means of each cluster."),
             "map_utilisation": (utilisation, "Load of each expert; 1 is an even share."),
         },
     ),

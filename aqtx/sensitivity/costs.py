@@ -21,6 +21,7 @@ from torch import Tensor
 from aqtx.formats import Format
 from aqtx.planning.settings import Settings
 from aqtx.program import Site
+from aqtx.sensitivity.fisher import KEYS
 from aqtx.sensitivity.measured import error_table, table
 from aqtx.sensitivity.scores import alpha_scores, median
 
@@ -58,7 +59,7 @@ def _pmq(sites: Sequence[Site], formats: Sequence[Format], settings: Settings, s
 
 
 def _fisher(sites: Sequence[Site], formats: Sequence[Format], settings: Settings, seed: int) -> Tensor:
-    return table(sites, formats, "fisher")
+    return table(sites, formats, KEYS[settings.fisher_detail])
 
 
 def _trial(sites: Sequence[Site], formats: Sequence[Format], settings: Settings, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ the gradient of one token's loss. Gradients of single tokens are not to be had c
 tokens are, and as tokens' gradients are nearly uncorrelated, F = T mean((gradient of the sequence's mean
 loss)^2).
 
-Annotation: `fisher` {format: 1/2 sum F (W - Q)^2}, in nats per token. One backward pass per sequence; memory for F is
+Annotation: `fisher`, or `fisher_matrix` {format: 1/2 sum F (W - Q)^2}, in nats per token. One backward pass per sequence; memory for F is
 four bytes per weight, or with `per_matrix`, which takes F's mean for each matrix, next to nothing beside the gradients.
 """
 
@@ -18,12 +18,15 @@ from aqtx.program import Program, Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has, weighted_errors
 
+KEYS = {"element": "fisher", "matrix": "fisher_matrix"}
+
 
 def measure_fisher(
     program: Program, wanted: Sequence[Request], context: Context, *, num_sequences: int = 32, per_matrix: bool = False
 ) -> None:
     """Annotate the sites that lack `fisher` for their formats; without such sites no text is read."""
-    missing = [(site, formats) for site, formats in wanted if not has(site, "fisher", formats)]
+    key = KEYS["matrix" if per_matrix else "element"]
+    missing = [(site, formats) for site, formats in wanted if not has(site, key, formats)]
     if not missing:
         return
     ids = context.calibration()[:num_sequences]
@@ -31,7 +34,7 @@ def measure_fisher(
     for site, formats in context.progress(missing, description="fisher errors"):
         F = information[site.weight]
         importance = F if site.expert is None else F[site.expert]
-        annotate(site, "fisher", weighted_errors(program, site, formats, 0.5 * importance))
+        annotate(site, key, weighted_errors(program, site, formats, 0.5 * importance))
 
 
 def _information(
@@ -46,7 +49,7 @@ def _information(
     length = ids.shape[1] - 1
     for sequence in context.progress(ids.to(program.device), description="fisher"):
         logits = module(sequence[None])[0, :-1].float()
-        torch.nn.functional.cross_entropy(logits, sequence[1:]).backward()  # type: ignore[no-untyped-call]
+        torch.nn.functional.cross_entropy(logits, sequence[1:]).backward()
         for name, parameter in parameters.items():
             square = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float().square()
             square = square.mean((-2, -1), keepdim=True) if per_matrix else square

@@ -10,7 +10,7 @@ from aqtx.planning.settings import Settings
 from aqtx.program import Program, Site
 from aqtx.registry import Context
 from aqtx.sensitivity.calibrated import alpha_variants, annotate_fit, fit, log_ratio
-from aqtx.sensitivity.fisher import measure_fisher
+from aqtx.sensitivity.fisher import KEYS, measure_fisher
 from aqtx.sensitivity.inputs import measure_inputs
 from aqtx.sensitivity.measured import Request, measure
 from aqtx.sensitivity.trial import measure_trials
@@ -56,7 +56,7 @@ def _calibrate(
     if settings.fit_to == "fisher":
         smallest = [(site, formats[:1]) for site, formats in wanted]
         _fisher(program, smallest, settings, context)
-        key = "fisher"
+        key = KEYS[settings.fisher_detail]
     else:
         _trial(program, _sample(wanted, settings.num_trials, seed), settings, context)
         key = "trial_loss"

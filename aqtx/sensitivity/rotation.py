@@ -74,7 +74,9 @@ def measure_rotations(
 ) -> None:
     """Annotate the sites whose width the block divides, and that lack the errors of their formats."""
     key = annotation(block, activation)
-    missing = [(site, formats) for site, formats in wanted if site.shape[1] % block == 0 and not has(site, key, formats)]
+    missing = [
+        (site, formats) for site, formats in wanted if site.shape[1] % block == 0 and not has(site, key, formats)
+    ]
     if not missing:
         return
     formats_of = {site.name: formats for site, formats in missing}
@@ -98,7 +100,9 @@ class Comparison:
         """{format: (plain, rotated)} of W [N, K] on rows x [T, K]."""
         exact = x @ W.T
         turned_x, turned_W = (hadamard(value, self.block, seed=self.seed) for value in (x, W))
-        inputs = [x, turned_x] if self.activation is None else [quantize_tokens(v, self.activation) for v in (x, turned_x)]
+        inputs = (
+            [x, turned_x] if self.activation is None else [quantize_tokens(v, self.activation) for v in (x, turned_x)]
+        )
         return {
             fmt.name: (
                 _mean_square(inputs[0] @ fake_quantize(W, fmt).T - exact),

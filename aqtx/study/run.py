@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.fingerprint import source_hashes
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.plan import Plan
@@ -18,6 +20,7 @@ from aqtx.recipe import EvaluateSpec, Recipe
 from aqtx.registry import Context
 from aqtx.rounded import RoundedModel
 from aqtx.runner import program_of, recipe_context
+from aqtx.schema import plain
 from aqtx.study.correlate import Truth, correlations, measure_truth
 from aqtx.study.spec import Arm, StudySpec
 from aqtx.study.verdict import Point, study_json, study_markdown
@@ -54,6 +57,13 @@ class Study:
         (self.directory / "study.md").write_text(study_markdown(data))
         return data
 
+    @cached_property
+    def _fingerprint(self) -> list[Any]:
+        """What scores depend on beside the plan: the model's files and how the text is cut."""
+        folder = self.program.folder
+        evaluate = None if self.recipe.evaluate is None else plain(self.recipe.evaluate)
+        return [{} if folder is None else source_hashes(folder), len(self.documents), evaluate, str(self.program.dtype)]
+
     def _point(self, model: RoundedModel, arm: Arm) -> Point:
         plan, details = self._plan(arm)
         self.details |= details.get("calibrated", {})
@@ -88,7 +98,7 @@ class Study:
 
     def _scores(self, model: RoundedModel, formats: dict[str, str | None], name: str) -> DocumentScores:
         """Scores of the model under a plan, kept by the plan's content."""
-        told = json.dumps([formats, len(self.documents), self.recipe.resolved()["model"]], sort_keys=True)
+        told = json.dumps([formats, self._fingerprint], sort_keys=True)
         file = self.directory / "scores" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
         if file.exists():
             return DocumentScores.from_json(json.loads(file.read_text()))

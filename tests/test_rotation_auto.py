@@ -1,0 +1,131 @@
+"""`rotate: auto`: rotations that are measured to help, chosen together with formats, shared by an input's readers."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+
+import aqtx
+from aqtx.errors import InputError
+from aqtx.numerics.allocate import allocate
+from aqtx.pipeline import Run
+from aqtx.planning.rotate import Rotations
+from aqtx.program import Program
+from aqtx.registry import Context, build
+from aqtx.rotation_op import OP
+from benchmarks.outliers import plant
+from tests.test_rotation import tiny
+
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+IDS = torch.randint(0, 96, (8, 64), generator=torch.Generator().manual_seed(0))
+
+
+def executed(program: Program, *steps: tuple[str, dict]) -> Run:
+    run = Run(program, Context(quiet=True, load_calibration=lambda: IDS))
+    made = [build(name, fields, name) for name, fields in steps]
+    assert [problems for _, problems in made if problems] == []
+    run.execute([step for step, _ in made])
+    return run
+
+
+def plan(**own: object) -> tuple[str, dict]:
+    settings = {"method": "error", "candidates": ["int4_g32", "int8_g32"], "average_bits": 5.0, "rotate": "auto"}
+    return "assign_plan", settings | {"keep": ["router", "lm_head"]} | own
+
+
+def test_planted_outliers_leave_the_function_and_are_rotated_away():
+    program = tiny(**WIDE)
+    before = program.module()(IDS[:1])
+    plant(program, factor=8.0, share=0.03)
+    assert torch.equal(program.module()(IDS[:1]), before)
+    activations = {"activations": "int4_g32"}
+    run = executed(program, plan(**activations), ("insert_hadamard", {"before": ["plan"]}), ("fuse_hadamard", {}))
+    told = run.rows[0].changes.details["rotation"]
+    assert told["rotated"] >= 2 and told["inputs"] == 4
+    fused = run.rows[2].changes.details["fused"]["heads"]
+    assert sum(node.target is OP for node in program.graph.nodes) == told["rotated"] - fused
+
+
+def test_readers_of_one_input_share_the_choice_and_so_do_experts():
+    program = tiny(**WIDE)
+    plant(program, factor=8.0, share=0.03)
+    executed(program, plan(activations="int4_g32"))
+    chosen: dict[object, set] = {}
+    for site in program.sites():
+        if site.get("format"):
+            chosen.setdefault(site.node.args[0].args[0], set()).add(program.plan.sites[site.name].rotation)
+    assert {len(blocks) for blocks in chosen.values()} == {1}
+
+
+def test_plan_with_rotations_survives_json():
+    program = tiny(**WIDE)
+    plant(program, factor=8.0, share=0.03)
+    executed(program, plan(activations="int4_g32"))
+    again = type(program.plan).from_json(program.plan.to_json())
+    assert again.sites == program.plan.sites
+    assert any(entry.rotation == 32 for entry in again.sites.values())
+
+
+def test_manual_plans_and_odd_blocks_are_refused():
+    _, problems = build("assign_plan", {"method": "manual", "plan": {}, "rotate": "auto", "rotation_block": 52}, "p")
+    assert len(problems) == 2 and "rotate auto" in problems[0] and "order 52" in problems[1]
+
+
+def brute_force(rotations: Rotations, cost: torch.Tensor, size: torch.Tensor, budget: float) -> float:
+    best = float("inf")
+    inputs, count = rotations.inputs, int(rotations.inputs.max()) + 1
+    for mask in range(2**count):
+        rotated = torch.tensor([bool(mask >> int(i) & 1) for i in inputs])
+        best = min(best, allocate(rotations._cost(cost, rotated), size, budget, exact=True).cost)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_joint_choice_is_close_to_brute_force_and_within_its_own_gap(seed):
+    generator = torch.Generator().manual_seed(seed)
+    program = tiny(**WIDE)
+    sites = [site for site in program.sites() if site.category.startswith(("attn", "mlp"))]
+    shape = (len(sites), 3)
+    size = torch.tensor([[4.0, 6.0, 8.0]]).repeat(len(sites), 1)
+    cost = torch.rand(shape, generator=generator, dtype=torch.float64) * torch.tensor([16.0, 2.0, 0.2])
+    plain = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    rotations = Rotations(sites, plain, plain * (0.3 + 1.4 * torch.rand(shape, generator=generator)), 32)
+    budget = 5.0 * len(sites)
+    found, rotated = rotations.solve(cost, lambda joint: allocate(joint, size, budget, exact=True))
+    best = brute_force(rotations, cost, size, budget)
+    assert found.bound <= best * (1 + 1e-9) and best <= found.cost * (1 + 1e-9)
+    assert found.cost <= best * 1.02
+    assert found.cost == pytest.approx(float(rotations._cost(cost, rotated)[range(len(sites)), found.choice].sum()))
+
+
+@cache
+def quantized() -> Program:
+    program = tiny(**WIDE)
+    plant(program, factor=8.0, share=0.03)
+    executed(
+        program,
+        plan(activations="int4_g32"),
+        ("insert_hadamard", {"before": ["plan"]}),
+        ("fuse_hadamard", {}),
+        ("quantize", {}),
+        ("emit", {}),
+    )
+    return program
+
+
+def test_quantized_checkpoint_with_online_rotations_reloads_bit_for_bit(tmp_path):
+    program = copy.deepcopy(quantized())
+    expected = program.module()(IDS[:2])
+    aqtx.save(program, tmp_path / "out")
+    loaded = aqtx.load(tmp_path / "out")
+    assert any(node.target is OP for node in loaded.graph.nodes)
+    assert torch.equal(loaded.module()(IDS[:2]), expected)
+    assert torch.equal(loaded.read(loaded.sites()[5]), program.read(program.sites()[5]))
+
+
+def test_rotating_a_loaded_quantized_checkpoint_is_refused(tmp_path):
+    aqtx.save(copy.deepcopy(quantized()), tmp_path / "out")
+    loaded = aqtx.load(tmp_path / "out")
+    with pytest.raises(InputError, match="is quantized already"):
+        executed(loaded, ("insert_hadamard", {"before": ["attn_o"]}))
