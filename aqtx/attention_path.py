@@ -1,6 +1,6 @@
 """The way from v to o: attention mixes positions, so a head's values may be rotated before it or after it.
 
-    x -> v_proj -> heads -> attention -> heads joined -> rotation -> o_proj
+x -> v_proj -> heads -> attention -> heads joined -> rotation -> o_proj
 """
 
 from torch import fx

@@ -63,7 +63,7 @@ def select(names: Iterable[str], selectors: Iterable[str], where: str) -> dict[s
             if not hits:
                 hint = nearest(selector, [*GROUPS, *CATEGORIES]) or f"; the first site is {names[0]!r}" if names else ""
                 problems.append(f"{where}: {selector!r} matches no site{hint}")
-        chosen.update({name: selector for name in hits})
+        chosen.update(dict.fromkeys(hits, selector))
     if problems:
         raise InputError(*problems)
     return chosen

@@ -29,7 +29,7 @@ class CodeStore(MutableMapping[str, "QuantizedTensor"]):
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._codes: "dict[str, QuantizedTensor | Spilled]" = {}
+        self._codes: dict[str, QuantizedTensor | Spilled] = {}
         self._folder: Path | None = None
 
     def spill_to(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aqtx.errors import InputError
 from aqtx.program import Program
 
 Stop = Callable[[list[int]], bool]
@@ -18,8 +19,13 @@ class Generator:
     """Continues prompts greedily. Hold one for many calls: the step graph is bound to its weights once."""
 
     def __init__(self, program: Program) -> None:
-        self._step = program.module("step")
         self._device = program.device
+        try:
+            self._step = program.module("step")
+        except InputError:  # transformers' own module: each token costs a pass over the whole text
+            self._score = program.module("score")
+            self._heads = []
+            return
         # After ids, pos and start come the caches; their traced shapes [B, G, C, D] tell G and D of each layer.
         placeholders = [node for node in program.entry("step").graph.nodes if node.op == "placeholder"][3:]
         self._heads = [(int(node.meta["val"].shape[1]), int(node.meta["val"].shape[3])) for node in placeholders]
@@ -30,6 +36,8 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Stop = lambda _: False
     ) -> list[list[int]]:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
+        if not self._heads:
+            return [self._rescore(list(prompt), max_new_tokens, stop) for prompt in prompts]
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -49,6 +57,14 @@ class Generator:
                     live.discard(index)
             if not live:
                 break
+        return made
+
+    def _rescore(self, ids: list[int], max_new_tokens: int, stop: Stop) -> list[int]:
+        """Continue one prompt without a cache."""
+        made: list[int] = []
+        while len(made) < max_new_tokens and not (made and stop(made)):
+            logits = self._score(torch.tensor([ids + made], device=self._device))  # [1, S, V]
+            made.append(int(logits[0, -1].argmax()))
         return made
 
     def make_cache(self, batch: int, slots: int) -> list[Tensor]:

@@ -86,7 +86,8 @@ class Run:
         if not moved <= difference.tolerance or difference.rerouted:
             raise RuntimeError(
                 f"pass {row.name} must keep the function, but logits moved by {moved:.2e} of their largest value "
-                f"(rounding in float64 explains {difference.tolerance:.2e}) and {difference.rerouted} tokens changed experts"
+                f"(rounding in float64 explains {difference.tolerance:.2e}) and {difference.rerouted} tokens "
+                "changed experts"
             )
 
 

@@ -16,7 +16,7 @@ from aqtx.pipeline import Run
 from aqtx.plan import Plan, PlanEntry
 from aqtx.program import Program
 from aqtx.recipe import Recipe
-from aqtx.registry import Context, Pass
+from aqtx.registry import Pass
 from aqtx.runner import program_of, recipe_context
 
 _PLANNING = ("annotate_alpha", "annotate_error", "annotate_hessian", "annotate_fisher", "annotate_trial", "assign_plan")

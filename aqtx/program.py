@@ -16,6 +16,7 @@ from aqtx.weights import WeightStore
 if TYPE_CHECKING:
     from aqtx.plan import Plan
 
+_CPU = torch.device("cpu")
 LINEAR = torch.ops.aten.linear.default
 
 
@@ -68,7 +69,7 @@ class Program:
     buffers: dict[str, Tensor]
     config: dict[str, Any]
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     folder: Path | None = None
     plan: "Plan | None" = None
     codes: CodeStore = field(init=False)  # results of rounding by site

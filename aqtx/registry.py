@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aqtx.program import Program, Site
 
 Item = TypeVar("Item")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Context:
     """What the pipeline lends to a pass."""
 
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     load_calibration: Callable[[], Tensor] | None = None
     work: Path | None = None  # scratch folder, kept until the run is complete: resume points, spilled tensors
     quiet: bool = False

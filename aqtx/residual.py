@@ -1,8 +1,8 @@
 """The residual stream of a decoder, found by walking the graph; what is not proven is refused.
 
-    embedding -> r0 -> r1 = r0 + w1 -> r2 = r1 + w2 ... -> norm -> lm_head
-                  |            ^                                (readers: linears behind each norm)
-                  norm -> ... -> linear                         (writers: linears before each sum)
+embedding -> r0 -> r1 = r0 + w1 -> r2 = r1 + w2 ... -> norm -> lm_head
+              |            ^                                (readers: linears behind each norm)
+              norm -> ... -> linear                         (writers: linears before each sum)
 """
 
 from dataclasses import dataclass, field

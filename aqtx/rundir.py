@@ -36,7 +36,8 @@ class RunDirectory:
             )
         if self.staging.exists() and not (overwrite or resume):
             raise InputError(
-                f"output {self.output} has an unfinished run beside it ({self.staging.name}); pass --resume or --overwrite"
+                f"output {self.output} has an unfinished run beside it ({self.staging.name}); "
+                "pass --resume or --overwrite"
             )
 
     @property

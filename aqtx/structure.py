@@ -26,7 +26,7 @@ def nodes_reading(graph: fx.Graph, weight: str) -> list[fx.Node]:
 def insert_on_input(node: fx.Node, op: Any, arguments: tuple[Any, ...]) -> fx.Node:
     """Put `op(input, *arguments)` before a linear's input, sharing an equal node that stands there already.
 
-        x -> linear        becomes        x -> op -> linear
+    x -> linear        becomes        x -> op -> linear
     """
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -99,7 +99,7 @@ def quantize_activation(graph_module: fx.GraphModule, edit: Edit) -> None:
 def hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
     """Rotate the input of a weight's nodes, block by block; nodes with one input share the rotation.
 
-        x -> quantize -> linear        becomes        x -> rotate -> quantize -> linear
+    x -> quantize -> linear        becomes        x -> rotate -> quantize -> linear
     """
     from aqtx.rotation_op import OP, buffers
 

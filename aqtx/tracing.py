@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from aqtx.errors import InputError
 from aqtx.program import Program
 from aqtx.weights import ModuleSource, Spec, WeightStore
 
@@ -121,6 +122,8 @@ def example_inputs(model: nn.Module, entry: str) -> tuple[tuple[Any, ...], tuple
     batch_and_length = {0: _DYNAMIC, 1: _DYNAMIC}
     if entry == "score":
         return (ids,), (batch_and_length,)
+    if not hasattr(model, "make_cache"):
+        raise InputError(f"{type(model).__name__} cannot go on from a cache: only aqtx's own architectures can")
     cache = [tensor.to("meta") for tensor in model.make_cache(2, 32)]  # type: ignore[operator]
     places = torch.zeros(16, dtype=torch.long, device="meta")
     start = torch.zeros(2, dtype=torch.long, device="meta")

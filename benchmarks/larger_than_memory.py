@@ -93,9 +93,8 @@ def run(source: Path, output: Path) -> None:
     report = aqtx.apply({**RECIPE, "model": {"source": str(source)}, "output": str(output)}, overwrite=True).data
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(
-        f"source {size / 1e9:.2f} GB, written {written / 1e9:.2f} GB, {report['average_bits']:.4f} bits a planned weight"
-    )
+    print(f"source {size / 1e9:.2f} GB, written {written / 1e9:.2f} GB")
+    print(f"{report['average_bits']:.4f} bits a planned weight")
     for row in report["passes"]:
         print(f"  {row['name']:<16}{row['seconds']:>9.1f} s")
     print(f"{time.perf_counter() - started:.0f} s in all, RssAnon + RssShmem at most {watch.peak / 1e9:.2f} GB")

@@ -72,9 +72,7 @@ def main() -> None:
         told = json.loads((folder / "report.json").read_text())
         before, after = (told["bytes"][key] / 1e6 for key in ("before", "after"))
         bits = told["average_bits"]
-        print(
-            f"{name:<10}{bits:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head and embedding kept"
-        )
+        print(f"{name:<10}{bits:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head kept")
     print(evaluate(arguments.source, folders, arguments.task_files, arguments))
 
 

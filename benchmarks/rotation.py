@@ -133,7 +133,9 @@ def main() -> None:
         if name not in found:
             found[name] = measure(args.model, passes, args.outliers, args.tokens)
             file.write_text(json.dumps(found))
-            print(name, f"{DocumentScores.from_json(found[name]['scores']).perplexity:.4f}", found[name]["seconds"], "s")
+            print(
+                name, f"{DocumentScores.from_json(found[name]['scores']).perplexity:.4f}", found[name]["seconds"], "s"
+            )
     print(table(found))
 
 

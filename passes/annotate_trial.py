@@ -23,7 +23,7 @@ class AnnotateTrial(Pass):
     Fields:
         formats: the formats to try.
         sites: category names or patterns of the matrices to look at.
-        measure: `block` relative squared change of the block's output, `loss` divergence of predictions in nats per token.
+        measure: `block` relative squared change of the block's output, `loss` divergence of logits in nats a token.
         num_sequences: calibration sequences to run.
     """
 

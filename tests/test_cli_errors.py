@@ -1,4 +1,4 @@
-"""What a user gets wrong about a model, a plan or a folder: one sentence that names the place, status 2, nothing lost."""
+"""What a user gets wrong about a model, a plan or a folder: one sentence that names it, status 2, nothing lost."""
 
 import json
 import shutil

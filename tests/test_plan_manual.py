@@ -120,9 +120,9 @@ def test_a_plan_for_another_model_names_the_first_difference() -> None:
     with pytest.raises(InputError) as caught:
         read_manual(own_plan([*NAMES[:5], "model.layers.9.x", *NAMES[5:]]), NAMES)
     assert "for another model: the first differing site is 'model.layers.9.x', the plan has it" in str(caught.value)
-    with pytest.raises(InputError, match="first differing site is 'model.layers.0.self_attn.v_proj', the model has it"):
+    with pytest.raises(InputError, match=r"first differing site is 'model\.layers\.0\.self_attn\.v_proj', the model"):
         read_manual(own_plan([name for name in NAMES if "v_proj" not in name]), NAMES)
-    with pytest.raises(InputError, match="first differing site is 'lm_heat', did you mean 'lm_head'"):
+    with pytest.raises(InputError, match=r"first differing site is 'lm_heat', did you mean 'lm_head'"):
         read_manual({"lm_heat": "int4"}, NAMES)
 
 

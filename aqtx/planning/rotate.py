@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aqtx.numerics.allocate import Allocation
-from aqtx.plan import Plan
+from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.settings import Settings
 from aqtx.program import Program, Site
 from aqtx.registry import Context
@@ -105,7 +105,7 @@ def measured(program: Program, wanted: Sequence[Request], settings: Settings, co
     return Rotations(sites, table[..., 0], table[..., 1], block)
 
 
-def _noted(plan: Plan, sites: Sequence[Site], weights: set[str], block: int) -> dict[str, object]:
+def _noted(plan: Plan, sites: Sequence[Site], weights: set[str], block: int) -> dict[str, PlanEntry]:
     turned = {name for site in sites if site.weight in weights for name in _stack(site)}
     return {name: replace(entry, rotation=block) if name in turned else entry for name, entry in plan.sites.items()}
 

@@ -5,8 +5,9 @@ the gradient of one token's loss. Gradients of single tokens are not to be had c
 tokens are, and as tokens' gradients are nearly uncorrelated, F = T mean((gradient of the sequence's mean
 loss)^2).
 
-Annotation: `fisher`, or `fisher_matrix` {format: 1/2 sum F (W - Q)^2}, in nats per token. One backward pass per sequence; memory for F is
-four bytes per weight, or with `per_matrix`, which takes F's mean for each matrix, next to nothing beside the gradients.
+Annotation: `fisher`, or `fisher_matrix` {format: 1/2 sum F (W - Q)^2}, in nats per token. One backward pass per
+sequence; memory for F is four bytes per weight, or with `per_matrix`, which takes F's mean for each matrix,
+next to nothing beside the gradients.
 """
 
 from collections.abc import Sequence

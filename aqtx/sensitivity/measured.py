@@ -4,7 +4,7 @@ Nominal bits say little: on Gaussian data MXFP6-E2M3 at 6.25 bits beats MXFP8-E4
 {format: ||W - Q(W)||^2 / ||W||^2} and `energy` ||W||^2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def weighted_errors(program: Program, site: Site, formats: Sequence[Format], imp
     }
 
 
-def annotate(site: Site, key: str, found: dict[str, float]) -> None:
+def annotate(site: Site, key: str, found: Mapping[str, float | list[float]]) -> None:
     """Add values by format to an annotation."""
     site.set(key, {**site.get(key, {}), **found})
 
