@@ -1,7 +1,6 @@
 """Run a recipe from checkpoint to report: trace, passes, evaluation before and after, write."""
 
 import json
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from aqtx.evaluate.recipe_tasks import score_tasks, tasks_report
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.fingerprint import code_hash, source_hashes, versions
+from aqtx.memory import peak_bytes
 from aqtx.pipeline import Run
 from aqtx.program import Program
 from aqtx.ranks import current
@@ -111,7 +111,7 @@ class _Runner:
             **_perplexity(before, after, self.recipe.seed),
             "tasks": tasks_report(tasks_before, tasks_after, seed=self.recipe.seed),
             "passes": self.rows,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_bytes(),
             "seconds": round(time.perf_counter() - self.started, 2),
             "versions": versions(),
             "settings": self.recipe.resolved(),

@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,16,256", help="rows of activations, a comma list")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns of the weight")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out, by name")
     parser.add_argument("--plain", action="store_true", help="without the compiled kernel")
     arguments = parser.parse_args()
     if arguments.plain:
@@ -167,6 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = arguments.formats or [name for name in names() if name != "bf16"] + ["int4_g32", "int4_asym", "int8_row"]
     rows = peer_rows(arguments.size) + format_rows(wanted, (arguments.size, arguments.size))
+    rows = [row for row in rows if row.name not in arguments.without]
     print(f"{arguments.size} x {arguments.size}, one thread, us of CPU time per linear (times bf16's speed); "
           f"memory is read at {read_bandwidth() / 1e9:.1f} GB/s")  # fmt: skip
     for batch in map(int, arguments.batches.split(",")):

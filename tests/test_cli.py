@@ -1,6 +1,7 @@
 """The command line: help, speed, errors and exit statuses."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
     last = out.rstrip().splitlines()[-1].strip()
     assert last == command.example
     assert last.startswith(f"aqtx {command.name} ")
-    arguments = cli.parse_arguments(last.split()[1:])
+    arguments = cli.parse_arguments(shlex.split(last)[1:])
     assert arguments.command == command.name
 
 

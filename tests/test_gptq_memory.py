@@ -1,5 +1,6 @@
 """A checkpoint four times larger than the memory that rounding it may take (slow: minutes, 9 GB of disk)."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -32,10 +33,12 @@ CONFIG = OLMOE | {
 
 def write_large_checkpoint(folder: Path, config: dict) -> int:
     """Random weights, a shard a layer, one tensor per expert and projection; returns its bytes."""
-    generator = torch.Generator().manual_seed(0)
+    pool = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.04).bfloat16()
+    starts = itertools.count(0, 7919)  # no two matrices are cut from the pool at the same place
 
     def matrix(rows: int = SIZE, columns: int = SIZE) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * 0.04).bfloat16()
+        start = next(starts) % (len(pool) - rows * columns)
+        return pool[start : start + rows * columns].view(rows, columns).clone()
 
     shards: dict[str, str] = {}
 

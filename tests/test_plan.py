@@ -40,7 +40,7 @@ def annotated(folder: Path) -> Program:
 
 
 def planned(program: Program, **fields: Any) -> Plan:
-    step = AssignPlan(**fields)
+    step = AssignPlan(**{"method": "alpha", **fields})
     assert step.validate() == []
     step.run(program, Context(quiet=True))
     assert program.plan is not None
@@ -238,7 +238,7 @@ def test_weights_are_not_touched(annotated: Program) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({}, "method alpha needs average_bits or budget_bytes."),
+        ({}, "method calibrated needs average_bits or budget_bytes."),
         ({"average_bits": 5.0, "budget_bytes": 9}, "average_bits and budget_bytes are both given; exactly one is."),
         (
             {"method": "ratio", "average_bits": 5.0},
@@ -302,13 +302,13 @@ def test_an_empty_category_is_no_error(annotated: Program) -> None:
 
 def test_alpha_must_be_annotated_first(folder: Path) -> None:
     with pytest.raises(InputError, match="add `- annotate_alpha` before `assign_plan`"):
-        run(aqtx.trace(folder), [AssignPlan(average_bits=5.0)])
+        run(aqtx.trace(folder), [AssignPlan(method="alpha", average_bits=5.0)])
 
 
 def test_a_degenerate_matrix_is_kept_apart_with_its_reason(tmp_path: Path) -> None:
     dead = "model.layers.1.mlp.experts.2.up_proj"
     folder = write_checkpoint(tmp_path / "m", **{f"{dead}.weight": torch.zeros(64, 128, dtype=torch.bfloat16)})
-    program = run(aqtx.trace(folder), [AnnotateAlpha(), AssignPlan(average_bits=5.0)])
+    program = run(aqtx.trace(folder), [AnnotateAlpha(), AssignPlan(method="alpha", average_bits=5.0)])
     assert program.plan is not None
     entry = program.plan.sites[dead]
     assert entry.format is None and entry.why == "its alpha is degenerate: all weights are zero"

@@ -147,9 +147,9 @@ def test_the_compiled_model_agrees_with_the_eager_one(workspace):
     exec(compile(only("compile"), "README.md", "exec"), names)
     with torch.no_grad():
         eager = aqtx.load("out/quickstart").module()(torch.tensor([[11, 22, 33, 44]]))
-    # Both round to bf16 after every operation but fuse them differently: a few units of 2^-8 of the largest logit.
-    difference = (names["logits"] - eager).abs().max() / eager.abs().max()
-    assert difference < 8 * 2**-8
+    # Both compute in bf16 (8 bits) but round at other places; 4 layers of 10 roundings each add up in quadrature.
+    difference = (names["logits"] - eager).float().norm() / eager.float().norm()
+    assert difference < 2 * 40**0.5 * 2**-8
 
 
 def test_the_pass_written_in_the_readme_works(monkeypatch):

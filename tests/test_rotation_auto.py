@@ -92,7 +92,7 @@ def test_joint_choice_is_close_to_brute_force_and_within_its_own_gap(seed):
     plain = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
     rotations = Rotations(sites, plain, plain * (0.3 + 1.4 * torch.rand(shape, generator=generator)), 32)
     budget = 5.0 * len(sites)
-    found, rotated = rotations.solve(cost, lambda joint: allocate(joint, size, budget, exact=True))
+    found, rotated = rotations.solve(cost, size, lambda joint: allocate(joint, size, budget, exact=True))
     best = brute_force(rotations, cost, size, budget)
     assert found.bound <= best * (1 + 1e-9) and best <= found.cost * (1 + 1e-9)
     assert found.cost <= best * 1.02
@@ -121,7 +121,6 @@ def test_quantized_checkpoint_with_online_rotations_reloads_bit_for_bit(tmp_path
     loaded = aqtx.load(tmp_path / "out")
     assert any(node.target is OP for node in loaded.graph.nodes)
     assert torch.equal(loaded.module()(IDS[:2]), expected)
-    assert torch.equal(loaded.read(loaded.sites()[5]), program.read(program.sites()[5]))
 
 
 def test_rotating_a_loaded_quantized_checkpoint_is_refused(tmp_path):

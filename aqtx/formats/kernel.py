@@ -127,7 +127,8 @@ def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format, num_columns: i
 
 def can_quantize(weight: Tensor, fmt: Format) -> bool:
     """MX formats whose exponent follows from the largest weight, on a CPU."""
-    return fmt.scale is E8M0 and fmt.rule in RULES and serves(weight.device)
+    known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and fmt.scale is E8M0 and fmt.rule in RULES and serves(weight.device)
 
 
 def quantize_mx(weight: Tensor, fmt: Format, row_bytes: int) -> tuple[Tensor, Tensor]:

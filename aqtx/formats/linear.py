@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from aqtx.formats import kernel, slabs
 
@@ -65,7 +66,8 @@ def lower(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     if fmt.is_packed and x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
         y = kernel.linear(x, weight.qdata, weight.scales, fmt, weight.num_columns)
         return y if bias is None else y + bias
-    if x.numel() == x.shape[-1] and slabs.fits(weight):
+    # only where the shape is known: a dynamic number of rows must not be specialised
+    if statically_known_true(x.numel() == x.shape[-1]) and slabs.fits(weight):
         y = slabs.product(x, weight)
         return y if bias is None else y + bias
     return F.linear(x, weight.dequantize(x.dtype), bias)

@@ -1,8 +1,9 @@
 """Which inputs to rotate, decided together with the formats.
 
 A rotation costs no bytes. All planned readers of one input share the choice, so that one node serves them.
-Formats and rotations are improved in turn, from all inputs plain and from all rotated, until nothing
-changes; each step can only lower the cost. The bound on any choice lets every site choose for itself.
+Formats and rotations are improved in turn until nothing changes, from all inputs plain, from all rotated, and
+from the choice that is best when bytes have one price; each step can only lower the cost. The bound on any
+choice lets every site choose for itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from aqtx.sensitivity.measured import Request
 from aqtx.sensitivity.rotation import annotation, measure_rotations
 
 _ROUNDS = 20
+_HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class Rotations:
         gain = torch.nan_to_num(plain * (1 - self.ratio[rows, choice]))
         return (self._by_input(gain)[self.inputs] > 0) & self.possible
 
-    def solve(self, cost: Tensor, solve: Callable[[Tensor], Allocation]) -> tuple[Allocation, Tensor]:
+    def solve(self, cost: Tensor, size: Tensor, solve: Callable[[Tensor], Allocation]) -> tuple[Allocation, Tensor]:
         """Formats and rotated sites of least cost that the steps find, with a bound that holds for any choice."""
         found: list[tuple[Allocation, Tensor]] = []
-        for rotated in (torch.zeros_like(self.possible), self.possible):
+        plain = torch.zeros_like(self.possible)
+        for rotated in (plain, self.possible, self.priced(cost, size, solve(cost).size)):
             for _ in range(_ROUNDS):
                 allocation = solve(self._cost(cost, rotated))
                 found.append((allocation, rotated))
@@ -73,6 +76,23 @@ class Rotations:
         best, rotated = min(found, key=lambda pair: pair[0].cost)
         gap = best.cost / bound - 1 if bound > 0 else 0.0
         return replace(best, bound=bound, gap=gap), rotated
+
+    def priced(self, cost: Tensor, size: Tensor, budget: float) -> Tensor:
+        """Rotated sites where bytes have one price, at which about `budget` of them are bought: by input, the cheaper
+        of plain and rotated when every reader takes the format that is best at that price."""
+        low, high, rotated = 0.0, float((cost.nan_to_num(0.0).max() + 1) / size.min().clamp_min(1e-9)), self.possible
+        for _ in range(_HALVINGS):
+            price = (low + high) / 2
+            totals = [
+                self._cost(cost, turned) + price * size for turned in (torch.zeros_like(self.possible), self.possible)
+            ]
+            best = [total.nan_to_num(float("inf")).min(1) for total in totals]
+            sums = [self._by_input(each.values)[self.inputs] for each in best]
+            rotated = (sums[1] < sums[0]) & self.possible
+            choice = torch.where(rotated, best[1].indices, best[0].indices)
+            spent = float(size.gather(1, choice[:, None]).sum())
+            low, high = (price, high) if spent > budget else (low, price)
+        return rotated
 
     def note(self, plan: Plan, rotated: Tensor) -> Plan:
         """The plan with its rotations; of a stack with a rotated expert all experts are, since they share an input."""

@@ -27,6 +27,7 @@ Method = Literal[
     "threshold",
     "manual",
 ]
+NEED_TEXT = ("hessian", "pmq", "fisher", "trial", "calibrated", "search")  # they look at calibration text
 BaseMethod = Literal["alpha", "error", "hessian", "pmq", "fisher", "trial", "calibrated"]
 DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
 _OWN_SIZE = ("ratio", "threshold", "manual")  # the size follows from the method's own fields
@@ -88,7 +89,7 @@ class Settings:
         plan: of `manual`: a JSON file or its content.
     """
 
-    method: Method = "alpha"
+    method: Method = "calibrated"
     candidates: tuple[str, ...] | None = None
     average_bits: float | None = None
     budget_bytes: int | None = None

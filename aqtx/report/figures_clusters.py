@@ -9,6 +9,7 @@ from aqtx.report.data import Absent, RunData, is_number
 
 FEATURES = ("alpha", "error", "tokens")
 _CLUSTERS = 4
+_STARTS = 16
 
 
 def clusters(data: RunData) -> Figure:
@@ -43,11 +44,17 @@ def assign_clusters(table: np.ndarray) -> np.ndarray:
     """A cluster for each row; numbered by size, the largest first, so that equal data gives equal colours."""
     spread = table.std(axis=0)
     standard = (table - table.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    _, labels = kmeans2(standard, _CLUSTERS, minit="++", rng=np.random.default_rng(0))
+    labels = min((_kmeans(standard, seed) for seed in range(_STARTS)), key=lambda found: found[0])[1]
     sizes = np.bincount(labels, minlength=_CLUSTERS)
     rank = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
     found: np.ndarray = rank[labels]
     return found
+
+
+def _kmeans(table: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
+    """Summed squared distance to the centres, and labels, of one start: a single one may end in a poor place."""
+    centres, labels = kmeans2(table, _CLUSTERS, minit="++", rng=np.random.default_rng(seed))
+    return float(np.square(table - centres[labels]).sum()), labels
 
 
 def _has(sites: list[dict[str, float]], key: str) -> bool:

@@ -62,7 +62,8 @@ class Study:
         """What scores depend on beside the plan: the model's files and how the text is cut."""
         folder = self.program.folder
         evaluate = None if self.recipe.evaluate is None else plain(self.recipe.evaluate)
-        return [{} if folder is None else source_hashes(folder), len(self.documents), evaluate, str(self.program.dtype)]
+        text = [len(document.ids) for document in self.documents]
+        return [{} if folder is None else source_hashes(folder), text, evaluate, str(self.program.dtype)]
 
     def _point(self, model: RoundedModel, arm: Arm) -> Point:
         plan, details = self._plan(arm)
@@ -136,7 +137,10 @@ def study_recipe(recipe: Recipe, spec: StudySpec, *, quiet: bool = False) -> tup
         raise InputError("the model has no folder, so there is no tokenizer to read text with")
     evaluate = recipe.evaluate or EvaluateSpec(perplexity="builtin")
     documents = evaluation(
-        evaluate.perplexity or "builtin", load_tokenizer(program.folder), max_tokens=evaluate.max_tokens
+        evaluate.perplexity or "builtin",
+        load_tokenizer(program.folder),
+        max_tokens=evaluate.max_tokens,
+        max_document=spec.max_document,
     )
     study = Study(recipe, spec, directory, program, context, documents)
     return study.run(), directory

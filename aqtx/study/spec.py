@@ -34,6 +34,7 @@ class StudySpec:
         reference: the arm that the others are compared with; null takes the recipe's own method.
         average_bits: budgets, in stored bits per planned weight.
         random_seeds: repetitions of the random arm.
+        max_document: tokens of a document to score, so that there are many documents to resample; null takes all.
         trial_seconds: time for measuring single matrices, the truth that sensitivities are correlated with.
     """
 
@@ -41,6 +42,7 @@ class StudySpec:
     reference: str | None = None
     average_bits: tuple[float, ...] = (3.5, 4.5, 5.5)
     random_seeds: int = 5
+    max_document: int | None = 512
     trial_seconds: float = 120.0
 
     def __post_init__(self) -> None:
