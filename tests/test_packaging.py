@@ -95,9 +95,17 @@ def imported_roots() -> dict[str, str]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [node.args[0].value] if _imports_by_name(node) else []
             for name in names:
                 found.setdefault(name.split(".")[0], str(path.relative_to(ROOT)))
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names and name != "aqtx"}
+
+
+def _imports_by_name(node: ast.AST) -> bool:
+    """`import_quietly("torchao.utils")` is an import too."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_quietly"):
+        return False
+    return isinstance(node.args[0], ast.Constant)
 
 
 def declared() -> set[str]:
