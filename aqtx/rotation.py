@@ -49,3 +49,18 @@ def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
         planned = {site.weight for site in sites.values() if site.get("rotation") is not None}
         chosen |= {site.name for site in sites.values() if site.weight in planned}  # a stack has one input
     return [site for name, site in sites.items() if name in chosen]
+
+
+def check_planned(program: Program) -> None:
+    """Refuse to round while a rotation that the plan counts on has not been carried out.
+
+    Raises:
+        InputError: names the first site.
+    """
+    done = {edit["weight"] for edit in program.edits if edit["edit"] == "hadamard"}
+    missing = [site.name for site in program.sites() if site.get("rotation") is not None and site.weight not in done]
+    if missing:
+        raise InputError(
+            f"the plan rotates the inputs of {len(missing)} sites, first {missing[0]}: "
+            "add `- insert_hadamard: {before: [plan]}` after `assign_plan`"
+        )

@@ -13,6 +13,7 @@ from aqtx.program import Program, Site
 from aqtx.ranks import current
 from aqtx.registry import Changes, Context, Pass, register
 from aqtx.resume import BlockRecords
+from aqtx.rotation import check_planned
 from aqtx.round_block import BlockRounder, Settings
 from aqtx.stream import Stream, scratch_folder
 from aqtx.walk import Walk
@@ -58,6 +59,7 @@ class Gptq(Pass):
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Walk the blocks once; a block's codes are complete before the next one is touched."""
+        check_planned(program)
         records = BlockRecords(program, context.work, f"gptq-{len(program.history)}")
         with PeakMemory() as peak, scratch_folder(context.work) as scratch:
             walk = self._walk(program, context, scratch)

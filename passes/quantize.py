@@ -6,6 +6,7 @@ from aqtx.errors import InputError
 from aqtx.formats import quantize
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
+from aqtx.rotation import check_planned
 
 
 @register("quantize")
@@ -21,6 +22,7 @@ class Quantize(Pass):
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """One matrix at a time, so that memory holds one and the codes."""
+        check_planned(program)
         for site in context.progress(sites, description="quantize"):
             try:
                 program.codes[site.name] = quantize(program.read(site).to(program.dtype), site.get("format"))

@@ -81,7 +81,7 @@ def brute_force(rotations: Rotations, cost: torch.Tensor, size: torch.Tensor, bu
     return best
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_joint_choice_is_close_to_brute_force_and_within_its_own_gap(seed):
     generator = torch.Generator().manual_seed(seed)
     program = tiny(**WIDE)
@@ -95,7 +95,7 @@ def test_joint_choice_is_close_to_brute_force_and_within_its_own_gap(seed):
     found, rotated = rotations.solve(cost, size, lambda joint: allocate(joint, size, budget, exact=True))
     best = brute_force(rotations, cost, size, budget)
     assert found.bound <= best * (1 + 1e-9) and best <= found.cost * (1 + 1e-9)
-    assert found.cost <= best * 1.02
+    assert found.cost <= best * 1.001
     assert found.cost == pytest.approx(float(rotations._cost(cost, rotated)[range(len(sites)), found.choice].sum()))
 
 
@@ -128,3 +128,10 @@ def test_rotating_a_loaded_quantized_checkpoint_is_refused(tmp_path):
     loaded = aqtx.load(tmp_path / "out")
     with pytest.raises(InputError, match="is quantized already"):
         executed(loaded, ("insert_hadamard", {"before": ["attn_o"]}))
+
+
+def test_rounding_before_the_planned_rotations_is_refused():
+    program = tiny(**WIDE)
+    plant(program, factor=8.0, share=0.03)
+    with pytest.raises(InputError, match=r"add `- insert_hadamard: \{before: \[plan\]\}` after `assign_plan`"):
+        executed(program, plan(activations="int4_g32"), ("quantize", {}))

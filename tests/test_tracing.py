@@ -9,6 +9,7 @@ from tests.tiny import OLMOE, random_model
 
 IDS = torch.randint(0, 192, (3, 17), generator=torch.Generator().manual_seed(1))
 
+
 def count(graph: fx.Graph, target: object) -> int:
     return sum(node.target is target for node in graph.nodes)
 

@@ -55,9 +55,7 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
         found, details["search"] = search(program, options, settings, context, solve)
     elif settings.rotate == "auto":
         rotations = measured(program, _requests(options), settings, context)
-        found, rotated = rotations.solve(
-            cost, options.size, lambda joint: _allocate(joint, options, settings, budget)
-        )
+        found, rotated = rotations.solve(cost, options.size, lambda joint: _allocate(joint, options, settings, budget))
         plan = _plan(program, division, options, settings, (found.choice, cost, found))
         return Decision(rotations.note(plan, rotated), {**details, "rotation": rotations.details(rotated)})
     else:

@@ -2,9 +2,10 @@
 
 The measured loss of rounding a matrix, divided by its squared error, says how sensitive it is per unit of
 error. Its logarithm t is regressed on the z-score of ln alpha within each role (gate, up, down, ...): t = a + b
-z. A slope is kept only where it predicts left-out matrices better than the role's mean does; of several
-variants of alpha the one that predicts best is taken. What is measured is either the Fisher information of all
-matrices on a few sequences, or the divergence of the predictions when one of a sample of matrices is rounded.
+z. A slope is kept only where it predicts left-out matrices clearly better than the role's mean does; without
+one, matrices of a role differ by their errors alone. Of several variants of alpha the one that predicts best is
+taken. What is measured is either the Fisher information of all matrices on a few sequences, or the divergence
+of the predictions when one of a sample of matrices is rounded.
 
 Legend: z, t [n] of one role; SSE sum of squared leave-one-out errors.
 """
@@ -23,6 +24,7 @@ from aqtx.sensitivity.scores import robust_z
 
 VARIANTS = (("farms", "k_fraction"), ("farms", "xmin_mid"), ("full", "k_fraction"), ("full", "xmin_mid"))
 MIN_POINTS = 5  # a role with fewer measurements has no slope
+MIN_GAIN = 0.1  # nor has one where alpha predicts less than this share of the variance: weaker slopes are noise
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def fit_line(z: Tensor, t: Tensor) -> Line:
     leverage = 1 / n + centred.square() / spread
     residual = (t - mean - slope * centred) / (1 - leverage).clamp_min(1e-6)
     error = float(residual.square().sum())
-    if error >= baseline:
+    if error >= (1 - MIN_GAIN) * baseline:
         return Line(mean, 0.0, baseline, baseline)
     return Line(mean - slope * float(z.mean()), slope, error, baseline)
 
