@@ -1,6 +1,6 @@
 """What an online rotation costs: process CPU time with and without, call by call in pairs, one thread.
 
-    python benchmarks/rotation_cost.py                  # 2048 x 2048 linear behind silu(g) * u, and a tinymoe decode step
+    python benchmarks/rotation_cost.py                  # a linear behind silu(g) * u, and a tinymoe decode step
 
 Both sides are compiled with the same settings; figures are medians of the pairs' ratios.
 """
@@ -32,7 +32,7 @@ class Gated(nn.Module):
         for value in buffers(block, 0, weight.dtype).values() if block else ():
             self.signs.append(nn.Parameter(value, requires_grad=False))
 
-    def forward(self, g: Tensor, u: Tensor) -> Tensor:
+    def forward(self, g: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         x = nn.functional.silu(g) * u
         return nn.functional.linear(OP(x, *self.signs) if len(self.signs) else x, self.weight)
 
