@@ -143,6 +143,22 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         found = {name: getattr(self, name) for name in [*self.tensor_data_names, *self.optional_tensor_data_names]}
         return {name: part for name, part in found.items() if part is not None}
 
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        """As the base class has it, without its loops: compiled graphs call it for every weight at every step."""
+        names = ["qdata"]
+        if self.scale is not None:
+            names.append("scale")
+        if self.zero_point is not None:
+            names.append("zero_point")
+        if self.per_tensor_scale is not None:
+            names.append("per_tensor_scale")
+        attributes = {
+            "format_name": self.format_name,
+            "num_columns": self.num_columns,
+            "orig_dtype": self.orig_dtype,
+        }
+        return names, attributes
+
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.format_name}, shape={list(self.shape)}, dtype={self.orig_dtype})"
 

@@ -44,9 +44,9 @@ Prepared prepare(const Tensor& x, const Packed& w) {
   Prepared p;
   const int64_t M = x.size(0), K = w.num_columns, columns = supers(K) * kSuper;
   const bool fast = has_avx512_bf16() && x.scalar_type() == at::kBFloat16;
-  const Tensor floats = x.scalar_type() == at::kFloat ? x : x.to(at::kFloat);
-  const float* from = floats.const_data_ptr<float>();
-  p.values = at::empty({M, columns}, floats.options().dtype(fast ? at::kBFloat16 : at::kFloat));
+  const Tensor floats = fast && !w.zero ? Tensor() : x.to(at::kFloat);
+  const float* from = floats.defined() ? floats.const_data_ptr<float>() : nullptr;
+  p.values = at::empty({M, columns}, x.options().dtype(fast ? at::kBFloat16 : at::kFloat));
   auto fill = [&](auto* to, const auto* source) {
     for (int64_t m = 0; m < M; m++)
       for (int64_t s = 0; s < columns; s += kSuper)
