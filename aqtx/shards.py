@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,13 +51,23 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
+class _Stored(NamedTuple):
+    """What the header tells of a tensor. No tensor on meta: small ones that live long, allocated where large ones
+    were freed, keep the heap from ever shrinking, and writing a model took the memory of a model.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 class _Shard:
     """One file in the making."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.num_bytes = 0
-        self._entries: dict[int, list[tuple[str, Tensor]]] = {}  # by element size; tensors on meta
+        self._entries: dict[int, list[tuple[str, _Stored]]] = {}  # by element size
 
     def _scratch(self, size: int) -> Path:
         return self.directory / f"elements-{size}.scratch"
@@ -66,7 +77,7 @@ class _Shard:
         size = tensor.element_size()
         with self._scratch(size).open("ab" if size in self._entries else "wb") as stream:
             tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().tofile(stream)
-        self._entries.setdefault(size, []).append((key, tensor.to("meta")))
+        self._entries.setdefault(size, []).append((key, _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)))
         self.num_bytes += tensor.nbytes
 
     def finish(self, file: Path) -> Path:
