@@ -13,12 +13,12 @@ error is the held-out output error over round-to-nearest's, mean over experts an
 Measured on two shared cores of an AMD EPYC (AVX-512), INT4 g128, CPU seconds and error:
 
     layer                             aqtx plain   aqtx full    llm-compressor 0.14.0.1   GPTQModel 7.7.0
-    32 experts 512 x 512, 512 tokens   2.2  1.09    2.4  .606    4.4  .965                 9.7  .976
-    4 experts 2048 x 1024, 1024        3.7  1.06    4.0  .657    6.4  .940                12.4  .953
+    32 experts 512 x 512, 512 tokens   2.8  1.09    2.9  .606    4.4  .965                 9.7  .976
+    4 experts 2048 x 1024, 1024        3.7  1.06    4.0  .657    6.5  .940                12.4  .953
 
-"plain" is no act-order and no shrinkage; `full` is the pass's default. The peers' symmetric scale is
-2 amax / 15 where INT4's here is amax / 7, which is worth some 13 % of round-to-nearest's error.
-MXFP4, first layer: aqtx 3.6 s and .609, llm-compressor 6.0 s and 1.025; GPTQModel has no MXFP4.
+"plain" is no act-order and no shrinkage; `full` is the pass's default. The peers ran without act-order and
+with their default damping, so `full` against them is not like for like, and `plain` has a higher error
+than both. MXFP4, first layer: aqtx 3.6 s and .609, llm-compressor 6.0 s and 1.025; GPTQModel has no MXFP4.
 """
 
 import argparse
