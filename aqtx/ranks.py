@@ -7,7 +7,7 @@ With one process all of this does nothing.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
 _PATIENCE = timedelta(days=2)  # a rank that dies is noticed at once; one that works may take long
 
 
@@ -75,6 +77,11 @@ class Ranks:
         with naming_the_lost():
             dist.all_gather_object(items, item)
         return items
+
+    def share(self, work: Callable[[Item], Result], items: Sequence[Item], *, progress: Progress) -> list[Result]:
+        """`work` of every item in the items' order, each done by one rank; results are pickled between ranks."""
+        parts = self.gather([work(item) for item in progress(self.mine(items))])
+        return [parts[place % self.size][place // self.size] for place in range(len(items))]
 
     def _reduce(self, operation: str, tensors: Sequence[Tensor]) -> None:
         if self.size == 1:

@@ -1,11 +1,13 @@
 """`annotate_alpha`: how heavy-tailed each weight matrix's spectrum is."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from aqtx.errors import InputError
 from aqtx.numerics.alpha import AlphaStats, analyze, check_options
 from aqtx.program import Program, Site
+from aqtx.ranks import current
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.sensitivity.selection import selected_sites
 
@@ -46,10 +48,14 @@ class AnnotateAlpha(Pass):
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Annotate; all matrices that hold NaN are named in one error."""
         changes, broken = Changes(), []
-        for site in context.progress(sites, description="annotate_alpha"):
+
+        def measure(site: Site) -> tuple[AlphaStats, AlphaStats]:
             W = program.weights.matrix(site.weight, site.expert).to(context.device)
             stats = self.analyze(W)
-            raw = self._analyze(W, "full") if self.raw and self.spectra != "full" else stats
+            return stats, self._analyze(W, "full") if self.raw and self.spectra != "full" else stats
+
+        found = current().share(measure, sites, progress=partial(context.progress, description="annotate_alpha"))
+        for site, (stats, raw) in zip(sites, found, strict=True):
             reason = stats.reason[0]
             if stats.method[0].endswith("/none") and reason is not None and "NaN" in reason:
                 broken.append(f"{site.name}: {reason}")
