@@ -91,6 +91,11 @@ class Program:
         """All sites in graph order, experts ascending."""
         return [site for node in self.graph.nodes for site in sites_of(node, self.weights)]
 
+    def to(self, device: torch.device | str) -> "Program":
+        """Compute on this device from now on: passes, and modules made after this. Returns the program."""
+        self.device = torch.device(device)
+        return self
+
     def read(self, site: Site) -> Tensor:
         """The site's matrix [N, K], a float32 copy."""
         return self.weights.precise(site.weight, site.expert)
@@ -145,6 +150,15 @@ class Program:
         names = [node.target for node in source.graph.nodes if node.op == "get_attr"]
         values = self.parameters(name for name in names if name in self.weights.specs)
         return bind(source, values, {name: self.buffers[name] for name in names if name in self.buffers}, self.device)
+
+    def scorer(self) -> Callable[[Tensor], Tensor]:
+        """`module()` for token ids wherever they lie; logits are on the program's device."""
+        return taking_ids_to(self.device, self.module())
+
+
+def taking_ids_to(device: torch.device, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A module of token ids that takes them to its device first."""
+    return lambda ids: module(ids.to(device))
 
 
 def bind(

@@ -3,14 +3,14 @@
 For trying many plans on one text: rounded matrices are kept and used again, and nothing of the program changes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from aqtx.formats import fake_quantize, parse
-from aqtx.program import Program, Site
+from aqtx.program import Program, Site, taking_ids_to
 from aqtx.sensitivity.selection import unique_sites
 
 CACHE_BYTES = 1 << 30
@@ -33,8 +33,8 @@ class RoundedModel:
         assert isinstance(module, fx.GraphModule)
         self.module, self._sites = module, unique_sites(self.program)
 
-    def use(self, formats: Mapping[str, str | None]) -> fx.GraphModule:
-        """The module under a plan, site name -> format; None and bf16 leave a site as it is."""
+    def use(self, formats: Mapping[str, str | None]) -> Callable[[Tensor], Tensor]:
+        """Token ids -> logits under a plan, site name -> format; None and bf16 leave a site as it is."""
         rounded: dict[str, list[tuple[Site, str]]] = {}
         for name, fmt in formats.items():
             if fmt not in (None, "bf16"):
@@ -45,13 +45,13 @@ class RoundedModel:
                 value[() if site.expert is None else site.expert] = self._matrix(site, fmt)
             self.module.get_parameter(weight).data = value
         self._changed = set(rounded)
-        return self.module
+        return taking_ids_to(self.program.device, self.module)
 
     def _matrix(self, site: Site, fmt: str) -> Tensor:
         key = (site.name, fmt)
         if key not in self._cache:
-            W = self.program.read(site).to(self.program.device, self.program.dtype)
-            value = fake_quantize(W, parse(fmt))
+            W = self.program.read(site).to(self.program.device)
+            value = fake_quantize(W, parse(fmt)).to(self.program.dtype)
             if self._cached_bytes + value.nbytes > CACHE_BYTES:
                 return value
             self._cache[key] = value
@@ -60,10 +60,11 @@ class RoundedModel:
 
 
 @torch.no_grad()
-def mean_loss(module: torch.nn.Module, ids: Tensor, *, batch_size: int = 8) -> float:
+def mean_loss(forward: Callable[[Tensor], Tensor], ids: Tensor, *, batch_size: int = 8) -> float:
     """Nats per token of next-token prediction over sequences [n, length]."""
     total = 0.0
     for batch in ids.split(batch_size):
-        logits = module(batch)[:, :-1].float().flatten(0, 1)
-        total += float(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
+        logits = forward(batch)[:, :-1].float().flatten(0, 1)
+        targets = batch[:, 1:].flatten().to(logits.device)
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
     return total / (ids.shape[0] * (ids.shape[1] - 1))

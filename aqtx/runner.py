@@ -13,6 +13,7 @@ from aqtx.accounting import account, original_bytes
 from aqtx.alpha_after import write_alpha_after
 from aqtx.alpha_table import write_alpha_csv
 from aqtx.checkpoint import open_program, write_model
+from aqtx.devices import device_of
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.recipe_tasks import score_tasks, tasks_report
@@ -169,7 +170,7 @@ class _Runner:
         spec = self.recipe.evaluate
         context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
         scores = evaluate_perplexity(
-            self.program.module(),
+            self.program.scorer(),
             documents,
             window=spec.window or min(context_size, _MAX_WINDOW),
             batch_size=spec.batch_size,
@@ -202,8 +203,7 @@ class _Runner:
 def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
     """The recipe's model, traced, on the recipe's device; `config_only` reads nothing but config.json."""
     program = open_program(recipe.model.source, _DTYPES[recipe.model.dtype], config_only=config_only)
-    program.device = device_of(recipe.device)
-    return program
+    return program.to(device_of(recipe.device))
 
 
 def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None, quiet: bool = False) -> Context:
@@ -227,13 +227,6 @@ def _folder(program: Program) -> Path:
     if program.folder is None:
         raise InputError("the model has no folder, so there is no tokenizer to read text with")
     return program.folder
-
-
-def device_of(name: str) -> torch.device:
-    """`auto` takes a GPU when there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for, but torch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _perplexity(before: DocumentScores | None, after: DocumentScores | None, seed: int) -> dict[str, Any]:

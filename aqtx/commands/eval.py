@@ -33,12 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task definitions")
     parser.add_argument("--limit", type=int, metavar="N", help="items per task (default: all)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the intervals (default: 0)")
     parser.add_argument("--to", type=Path, metavar="DIR", help="write eval.json, eval.md and a log of every item here")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, and write the logs where asked."""
+    from aqtx.devices import device_of
     from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
     from aqtx.registry import Context
 
@@ -53,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         num_fewshot=arguments.num_fewshot,
         seed=arguments.seed,
     )
-    results = evaluate_arms(open_arms(arguments.models, arguments.plan), settings, progress=Context().progress)
+    device = device_of(arguments.device)
+    arms = {name: program.to(device) for name, program in open_arms(arguments.models, arguments.plan).items()}
+    results = evaluate_arms(arms, settings, progress=Context().progress)
     print(result_table(results))
     if arguments.to is not None:
         results.write(arguments.to)

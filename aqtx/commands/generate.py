@@ -11,18 +11,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder that `aqtx apply` wrote, or any model that aqtx reads")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default: 64)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the prompt, then each piece of text as soon as its tokens are there."""
     from aqtx.checkpoint import open_program
+    from aqtx.devices import device_of
     from aqtx.errors import InputError
     from aqtx.generate import Generator
     from aqtx.text import load_tokenizer
 
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    program = open_program(arguments.model, None)
+    program = open_program(arguments.model, None).to(device_of(arguments.device))
     if program.folder is None:
         raise InputError(f"{arguments.model} has no folder with a tokenizer")
     tokenizer = load_tokenizer(program.folder)

@@ -136,7 +136,7 @@ def evaluate_arms(
             source, tokenizer = settings.perplexity, load_tokenizer(program.folder)
             documents = evaluation(source, tokenizer, max_tokens=settings.max_tokens)
             results.perplexity[name] = evaluate_perplexity(
-                program.module(),
+                program.scorer(),
                 documents,
                 window=_window(program, settings),
                 batch_size=settings.batch_size,
@@ -155,9 +155,8 @@ def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any
 
     if program.folder is None:
         raise InputError("the model has no folder with a tokenizer, so no task can be run")
-    forward = program.module()
     model = ProgramLM(
-        lambda ids: forward(ids.to(program.device)),
+        program.scorer(),
         load_tokenizer(program.folder),
         max_length=_window(program, settings),
         generator=lambda: Generator(program),
