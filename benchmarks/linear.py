@@ -16,6 +16,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -100,16 +102,19 @@ def compiled_sets(row: Row, sets: list[list[Any]]) -> list[Callable[[Tensor], Te
         return total
 
     if not row.freeze:
-        run = torch.compile(graph, fullgraph=True)
-        return [lambda x, weights=weights: run(x, weights) for weights in sets]
+        # a code object of its own: Dynamo keeps what it compiled, and its limit, by code object
+        own = FunctionType(graph.__code__.replace(co_name=row.name), globals(), row.name, None, graph.__closure__)
+        run = torch.compile(own, fullgraph=True)
+        return [partial(run, weights=weights) for weights in sets]
     return [frozen(graph, weights) for weights in sets]  # weights become constants, so each set has its graph
 
 
 def frozen(graph: Callable[[Tensor, list[Any]], Tensor], weights: list[Any]) -> Callable[[Tensor], Tensor]:
     """Compiled so that Inductor prepacks the weights for oneDNN."""
     module = torch.nn.Module()
-    module.weights = torch.nn.ParameterList(torch.nn.Parameter(weight, requires_grad=False) for weight in weights)
-    module.forward = lambda x: graph(x, list(module.weights))
+    held = torch.nn.ParameterList(torch.nn.Parameter(weight, requires_grad=False) for weight in weights)
+    module.held = held
+    module.forward = lambda x: graph(x, list(held))
     return torch.compile(module.eval(), fullgraph=True, options={"freezing": True})
 
 

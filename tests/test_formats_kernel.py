@@ -46,6 +46,15 @@ def test_linears_of_every_shape(name: str) -> None:
 
 
 @needs_kernel
+def test_many_rows_of_a_weight_larger_than_a_panel() -> None:
+    made, x = quantize(normal(1100, 1000), "int4_asym"), normal(2, 40, 1000, seed=1).bfloat16()
+    y = kernel.linear(x, made.qdata, made.scales, made.format, 1000)
+    exact = x.double() @ made.dequantize(torch.float64).t()
+    assert y.shape == exact.shape
+    assert (y - exact).norm() <= 3 * torch.finfo(torch.bfloat16).eps * exact.norm()
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
 @pytest.mark.parametrize("name", MX)
@@ -63,6 +72,36 @@ def test_quantizing_is_bit_equal_to_plain_torch(name: str, rule: str, dtype: tor
         codes, scale = kernel.quantize_mx(weight, fmt, row_bytes)
         assert torch.equal(scale, expected.scale)
         assert torch.equal(codes, expected.qdata)
+
+
+LESSER = """
+import sys, pytest, torch
+from aqtx.formats import kernel
+assert kernel.available() and torch.ops.aqtx_cpu.cpu() <= int(sys.argv[1])
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", sys.argv[3]]))
+"""
+EVERY_CASE = "every_shape or bit_equal"
+SOME = f"({EVERY_CASE}) and (int3_asym or nvfp4 or mxfp6_e2m3 and floor)"
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("cpu", "level", "cases"),
+    [
+        ("avx2", 1, SOME),
+        *(
+            pytest.param(cpu, level, EVERY_CASE, marks=pytest.mark.slow)
+            for level, cpu in enumerate(["baseline", "avx2", "avx512"])
+        ),
+    ],
+    ids=["avx2-some", "baseline", "avx2", "avx512"],
+)
+def test_code_for_lesser_processors(cpu: str, level: int, cases: str) -> None:
+    """The same tests in the code that a processor without AVX-512, or without its BF16, would run."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "AQTX_CPU": cpu}
+    command = [sys.executable, "-c", LESSER, str(level), __file__, cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 CHECK = """

@@ -27,7 +27,8 @@ from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
 
 __all__ = [
-    "Scales", "check_finite", "choose_scales", "decode_scale", "encode", "fake_quantize", "quantize", "snap",
+    "Scales", "check_finite", "choose_scales", "decode_scale", "encode", "fake_quantize", "nearest_values",
+    "quantize", "snap",
 ]  # fmt: skip
 
 CHUNK_ELEMENTS = 1 << 17  # a float32 piece of this size and its temporaries stay in a core's L2 cache
@@ -36,7 +37,7 @@ CHUNK_ELEMENTS = 1 << 17  # a float32 piece of this size and its temporaries sta
 def quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) -> QuantizedTensor:
     """Round a weight [N, K] or [E, N, K] to the nearest codes of a format. NaN and infinity are errors."""
     fmt = parse(name, scale_rule=scale_rule)
-    if weight.dim() < 2 or not weight.dtype.is_floating_point:
+    if weight.dim() < 2 or not weight.dtype.is_floating_point or not weight.shape[-1]:
         what = f"a {weight.dtype} tensor of shape {list(weight.shape)}"
         raise InputError(f"cannot quantize {what}: it takes a float weight [.., N, K]")
     weight = weight.detach()
@@ -54,7 +55,11 @@ def fake_quantize(weight: Tensor, name: str | Format, scale_rule: str | None = N
     fmt = parse(name, scale_rule=scale_rule)
     if not fmt.is_packed:
         return _round_to_bf16(weight).to(weight.dtype)
-    scales = choose_scales(weight, fmt)
+    return nearest_values(weight, fmt, choose_scales(weight, fmt))
+
+
+def nearest_values(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """The values that `encode` finds codes for: same dtype and shape as the weight."""
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows, part, target in _pieces(weight, scales, fmt, out):
         values = snap_blocks(to_blocks(rows, fmt), part, fmt).flatten(-2)[..., : weight.shape[-1]]

@@ -7,6 +7,7 @@ The sources choose vector code by the processor they run on, not the one they we
 
 AQTX_KERNEL=off     never build or load it
 AQTX_CACHE_DIR=DIR  where built libraries are kept (default: ~/.cache/aqtx)
+AQTX_CPU=NAME       use no more of the processor than avx512, avx2 or baseline have (default: all of it)
 """
 
 import hashlib

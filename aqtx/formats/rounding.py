@@ -65,10 +65,10 @@ def code_to_value(code: Tensor, element: Element, zero_point: Tensor | None = No
     sign_bit = 1 << (element.bits - 1)
     drop = MANTISSA_BITS - element.mantissa_bits
     magnitude = bits & (sign_bit - 1)
-    # the code read as if it were normal; for subnormals f * 2^emin = 2 * ((1 + f) * 2^(emin-1)) - 2^emin,
-    # and that expression is the smaller of the two exactly when the code is subnormal
+    # the code read as if it were normal; a subnormal f * 2^emin then reads (1 + f) * 2^(emin-1), which falls
+    # short of 2^emin by as much as it is too large
     normal = ((magnitude << drop) + ((BIAS - element.exponent_bias) << MANTISSA_BITS)).view(torch.float32)
-    value = torch.minimum(normal, 2.0 * normal - 2.0**element.min_exponent)
+    value = normal - torch.relu(2.0**element.min_exponent - normal)
     if element.has_specials:
         value = _with_specials(value, magnitude, element)
     return (value.view(torch.int32) | ((bits & sign_bit) << (32 - element.bits))).view(torch.float32)

@@ -39,24 +39,35 @@ def fits(weight: Any) -> bool:
 def product(x: Tensor, weight: Any) -> Tensor:
     """`x @ weight.T` for a single row x [..., K]."""
     span = span_of(weight)
-    rows = x.reshape(-1, span // LANES, LANES).float()
-    total: Any = 0
-    for index, (value, scale) in enumerate(_slabs(weight, span)):
-        total = total + value * rows[:, index] * scale
+    rows = _stored(x.reshape(-1, span // LANES, LANES).float())
+    sums: dict[int, Any] = {}  # of the slabs under one scale, which multiplies once
+    scale, slabs = _slabs(weight, span)
+    for index, (value, block) in enumerate(slabs):
+        part = value * rows[:, index]
+        sums[block] = sums[block] + part if block in sums else part
+    total: Any = sum(part * scale[..., block, None] for block, part in sums.items())
     y = total.sum((-1, -2)).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
-def _slabs(weight: Any, span: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(values [N, K / span, 16], scale broadcastable to them) of each slab of a span."""
+def _slabs(weight: Any, span: int) -> tuple[Tensor, Iterator[tuple[Tensor, int]]]:
+    """Scales [N, K / span, blocks], and of each slab of a span: values [N, K / span, 16] and its block."""
     fmt, size = weight.format, weight.format.block_size(weight.num_columns)
-    scale = _per_span(decode_scale(weight.scales, fmt), weight.num_columns, size, span)
+    scale = _per_span(_stored(decode_scale(weight.scales, fmt)), weight.num_columns, size, span)
     zero = None if weight.zero_point is None else _per_span(weight.zero_point, weight.num_columns, size, span)
-    for index in range(span // LANES):
-        block = LANES * index // size if size < span else 0
-        codes = _slab_codes(weight.qdata, fmt.element.bits, weight.num_columns, span, index)
-        zero_point = None if zero is None else zero[..., block, None]
-        yield code_to_value(codes, fmt.element, zero_point), scale[..., block, None]
+
+    def values() -> Iterator[tuple[Tensor, int]]:
+        for index in range(span // LANES):
+            block = LANES * index // size if size < span else 0
+            codes = _slab_codes(weight.qdata, fmt.element.bits, weight.num_columns, span, index)
+            yield code_to_value(codes, fmt.element, None if zero is None else zero[..., block, None]), block
+
+    return scale, values()
+
+
+def _stored(values: Tensor) -> Tensor:
+    """The same, computed by Inductor before the loop instead of in every turn, because a view needs storage."""
+    return values.as_strided(values.shape, values.stride())
 
 
 def _per_span(parts: Tensor, num_columns: int, size: int, span: int) -> Tensor:
@@ -71,13 +82,19 @@ def _per_span(parts: Tensor, num_columns: int, size: int, span: int) -> Tensor:
 
 def _slab_codes(qdata: Tensor, bits: int, num_columns: int, span: int, index: int) -> Tensor:
     """int32 codes [N, K / span, 16] of the index-th slab of every span."""
-    codes: Any = 0
+    codes: Any = None
     start = shift = 0
     for width in PLANES[bits]:
         size = num_columns * width // 8
         per_byte = 8 // width
         slab = qdata[..., start : start + size].unflatten(-1, (num_columns // span, span // LANES // per_byte, LANES))
-        part = slab[..., index // per_byte, :].to(torch.int32) >> (width * (index % per_byte))
-        codes = codes | ((part & ((1 << width) - 1)) << shift)
+        part = _field(slab[..., index // per_byte, :].to(torch.int32), width, index % per_byte)
+        codes = part if codes is None else codes | (part << shift)
         start, shift = start + size, shift + width
     return codes
+
+
+def _field(byte: Tensor, width: int, place: int) -> Tensor:
+    """Bits [width * place, width * (place + 1)) of a byte, without shifts and masks that change nothing."""
+    shifted = byte >> (width * place) if place else byte
+    return shifted if width * (place + 1) == 8 else shifted & ((1 << width) - 1)

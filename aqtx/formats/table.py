@@ -146,6 +146,8 @@ def parse(name: "str | Format", *, scale_rule: str | None = None) -> Format:
     """The format that `name` means; `scale_rule` overrides the name's @RULE. InputError if there is none."""
     if isinstance(name, Format):
         return name if scale_rule is None else parse(name.name, scale_rule=scale_rule)
+    if not isinstance(name, str):
+        raise InputError(f"a format is named by text such as 'mxfp4', not by {name!r}")
     return _parse(name, scale_rule)
 
 

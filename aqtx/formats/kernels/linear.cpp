@@ -1,10 +1,13 @@
 // Products with packed weights: AVX-512 BF16 where the processor has it, portable loops elsewhere.
 #include "packed.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <mutex>
+#include <string>
 #include <tuple>
 
 #if defined(__x86_64__)
@@ -41,7 +44,7 @@ static const float* e4m3_table() {
 }
 
 // The stored scales of one row as float32, one per block.
-CLONES static void block_scales(const Packed& w, int64_t row, float* out) {
+static INLINE void scales_of_row(const Packed& w, int64_t row, const float* e4m3, float* out) {
   const int64_t base = row * w.num_blocks;
   if (w.scale_kind == ScaleKind::e8m0) {
     const uint8_t* from = w.scale + base;
@@ -54,10 +57,11 @@ CLONES static void block_scales(const Packed& w, int64_t row, float* out) {
     for (int64_t b = 0; b < w.num_blocks; b++) out[b] = as_float(uint32_t(from[b]) << 16);
   } else {
     const uint8_t* from = w.scale + base;
-    const float* table = e4m3_table();
-    for (int64_t b = 0; b < w.num_blocks; b++) out[b] = table[from[b]] * w.per_tensor;
+    for (int64_t b = 0; b < w.num_blocks; b++) out[b] = e4m3[from[b]] * w.per_tensor;
   }
 }
+FOR_EACH_CPU(block_scales, (const Packed& w, int64_t row, float* out), (w, row, out),
+             scales_of_row(w, row, e4m3_table(), out))
 
 template <int TIMES> static void repeat(float* values, int64_t count) {  // in place, from the back
   for (int64_t i = count - 1; i >= 0; i--) {
@@ -67,7 +71,7 @@ template <int TIMES> static void repeat(float* values, int64_t count) {  // in p
 }
 
 void row_scales(const Packed& w, int64_t row, float* out) {
-  const int64_t step = scale_step(w), count = supers(w.num_columns) * (kSuper / step);
+  const int64_t step = scale_step(w), count = scales_per_row(w);
   block_scales(w, row, out);
   int64_t filled = w.num_blocks;
   if (w.num_blocks == 1) {
@@ -156,7 +160,7 @@ template <int BITS> static INLINE void scaled_row(const Packed& w, int64_t n, fl
 struct Scratch {
   std::vector<float> scales, values;
   explicit Scratch(const Packed& w)
-      : scales(supers(w.num_columns) * (kSuper / scale_step(w)) + kSlack), values(supers(w.num_columns) * kSuper) {}
+      : scales(scales_per_row(w) + kSlack), values(supers(w.num_columns) * kSuper) {}
 };
 
 template <int BITS>
@@ -189,31 +193,68 @@ template <int BITS> static INLINE void floats_of_rows(const Packed& w, float* ou
   }
 }
 
-#define PORTABLE(BITS)                                                                                      \
-  CLONES static void portable##BITS(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, \
-                                    int64_t n1) {                                                           \
-    rows_portable<BITS>(w, x, y, ldy, n0, n1);                                                              \
-  }                                                                                                         \
-  CLONES static void floats##BITS(const Packed& w, float* out, int64_t n0, int64_t n1) {                    \
-    floats_of_rows<BITS>(w, out, n0, n1);                                                                   \
-  }
+#define PORTABLE(BITS)                                                                                            \
+  FOR_EACH_CPU(portable##BITS, (const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t a, int64_t b), \
+               (w, x, y, ldy, a, b), rows_portable<BITS>(w, x, y, ldy, a, b))                                      \
+  FOR_EACH_CPU(floats##BITS, (const Packed& w, float* out, int64_t a, int64_t b), (w, out, a, b),                  \
+               floats_of_rows<BITS>(w, out, a, b))
 PORTABLE(2) PORTABLE(3) PORTABLE(4) PORTABLE(6) PORTABLE(8)
 
 // ---- dispatch ------------------------------------------------------------------------------------
 
-bool has_avx512_bf16() {
+Cpu cpu() {
+  static const Cpu found = [] {
+    Cpu most = Cpu::baseline;
 #if defined(__x86_64__)
-  static const bool found = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-  return found;
-#else
-  return false;
+    if (__builtin_cpu_supports("x86-64-v3")) most = Cpu::avx2;
+    if (__builtin_cpu_supports("x86-64-v4")) most = Cpu::avx512;
+    if (most == Cpu::avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
+      most = Cpu::avx512_bf16;
 #endif
+    const char* wanted = std::getenv("AQTX_CPU");
+    const std::string name = wanted ? wanted : "";
+    const Cpu least = name == "baseline" ? Cpu::baseline : name == "avx2" ? Cpu::avx2 : name == "avx512" ? Cpu::avx512 : most;
+    return std::min(most, least);
+  }();
+  return found;
+}
+
+static INLINE void rounded(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = as_bits(from[i]), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i] = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+FOR_EACH_CPU(round_all, (const float* from, int64_t count, uint16_t* to), (from, count, to), rounded(from, count, to))
+void round_to_bf16(const float* from, int64_t count, uint16_t* to) { round_all(from, count, to); }
+
+int64_t ordered_columns(const Packed& w, bool avx512) {
+  const int64_t span = avx512 && w.bits == 4 ? kWide : kSuper;
+  return (w.num_columns + span - 1) / span * span;
+}
+
+template <typename T> static void order_supers(const T* x, int64_t num_rows, int64_t num_columns, T* to) {
+  const int64_t columns = supers(num_columns) * kSuper;
+  for (int64_t m = 0; m < num_rows; m++)
+    for (int64_t first = 0; first < columns; first += 16) {
+      T* out = to + m * columns + first / kSuper * kSuper + 16 * place_of(first / 16 % 4);
+      for (int64_t j = 0; j < 16; j++) out[j] = first + j < num_columns ? x[m * num_columns + first + j] : T(0);
+    }
+}
+
+void order_activations(const float* x, int64_t num_rows, const Packed& w, float* to) {
+  order_supers(x, num_rows, w.num_columns, to);
+}
+
+void order_activations(const uint16_t* x, int64_t num_rows, const Packed& w, uint16_t* to) {
+#if defined(__x86_64__)
+  if (w.bits == 4) return order_for_four(x, num_rows, w.num_columns, ordered_columns(w, true), to);
+#endif
+  order_supers(x, num_rows, w.num_columns, to);
 }
 
 // An asymmetric weight is (code - zero) * scale: the zeros are taken off through the blocks' sums of x.
-CLONES static void subtract_zeros(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
+static void subtract_zeros(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1) {
   std::vector<float> shift(w.num_blocks);
   for (int64_t n = n0; n < n1; n++) {
     block_scales(w, n, shift.data());

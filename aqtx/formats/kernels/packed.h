@@ -4,15 +4,28 @@
 // j, j + 16, j + 32, ... . All decoders work on 64 elements at a time and yield them in two vectors,
 //   first  = elements 0..15 and 32..47,   second = elements 16..31 and 48..63,
 // which is the order in which slabs come apart with shifts only. Activations are brought into the same
-// order once per call. Every element of at most 8 bits is exact in bf16, so products are exact in float32.
+// order once per call. (Four bits have a faster way of their own, see avx512_four.h.) Every element of at
+// most 8 bits is exact in bf16, so products are exact in float32.
 #pragma once
 #include <cstdint>
 #include <vector>
 
-#if defined(__x86_64__)  // the loader picks the clone for the processor at hand
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// What the processor can do; AQTX_CPU=avx512, avx2 or baseline makes it less, for tests.
+enum class Cpu { baseline, avx2, avx512, avx512_bf16 };
+Cpu cpu();
+
+// A function compiled for each kind of processor from one body, which must be INLINE.
+#if defined(__x86_64__)
+#define FOR_EACH_CPU(NAME, PARAMETERS, ARGUMENTS, BODY)                                       \
+  __attribute__((target("arch=x86-64-v4"))) static void NAME##_v4 PARAMETERS { BODY; }       \
+  __attribute__((target("arch=x86-64-v3"))) static void NAME##_v3 PARAMETERS { BODY; }       \
+  static void NAME##_v1 PARAMETERS { BODY; }                                                  \
+  static void NAME PARAMETERS {                                                               \
+    (cpu() >= Cpu::avx512 ? NAME##_v4 : cpu() == Cpu::avx2 ? NAME##_v3 : NAME##_v1) ARGUMENTS; \
+  }
 #else
-#define CLONES
+#define FOR_EACH_CPU(NAME, PARAMETERS, ARGUMENTS, BODY) \
+  static void NAME PARAMETERS { BODY; }
 #endif
 
 enum class ScaleKind : int64_t { e8m0 = 0, bf16 = 1, e4m3 = 2 };
@@ -32,7 +45,7 @@ struct Packed {
 // Inlined into each processor's clone of its caller, so that it is compiled for that processor too.
 #define INLINE __attribute__((always_inline)) inline
 
-constexpr int64_t kSuper = 64;
+constexpr int64_t kSuper = 64, kWide = 128;
 inline int64_t supers(int64_t columns) { return (columns + kSuper - 1) / kSuper; }
 
 INLINE float as_float(uint32_t bits) { float f; __builtin_memcpy(&f, &bits, 4); return f; }
@@ -44,23 +57,27 @@ inline uint16_t to_bf16(float f) {  // nearest even; never called with NaN
 
 // The value of every code (an asymmetric integer's is the code itself), as bf16.
 const uint16_t* value_table(const Packed& w);
-// float32 scales of one row, one per 32 elements (per 16 for blocks of 16), zero-padded to whole supers.
+// float32 scales of one row, one per 32 elements (per 16 for blocks of 16), zero-padded to whole 128 elements.
 void row_scales(const Packed& w, int64_t row, float* out);
-constexpr int64_t kSlack = 8;  // floats that a ragged last block may write past the supers
+constexpr int64_t kSlack = 8;  // floats that a ragged last block may write past them
 inline int64_t scale_step(const Packed& w) { return w.block == 16 ? 16 : 32; }
+inline int64_t scales_per_row(const Packed& w) { return (w.num_columns + kWide - 1) / kWide * (kWide / scale_step(w)); }
 
-// y[m, n0..n1) = sum_k x[m, k] w[n, k]. `x` holds `columns` = supers(K) * 64 values a row, zero-padded, in decoder order.
+// y[m, n0..n1) = sum_k x[m, k] w[n, k]. `x` holds `columns` values a row, zero-padded, in decoder order.
 struct Activations {
   const uint16_t* bf16;  // for avx512_bf16
   const float* f32;      // for the portable kernel, same order
   const float* block_sums;  // [M, num_blocks], only for asymmetric weights
   int64_t num_rows, columns;
 };
+int64_t ordered_columns(const Packed& w, bool avx512);
+void order_activations(const uint16_t* x, int64_t num_rows, const Packed& w, uint16_t* to);  // for avx512_bf16
+void order_activations(const float* x, int64_t num_rows, const Packed& w, float* to);
+void round_to_bf16(const float* from, int64_t count, uint16_t* to);  // NaN stays NaN
 void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1);
 // Dequantized rows n0..n1, [n1 - n0, K]: bf16 with AVX-512 BF16 only, float32 everywhere.
 void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1);
 void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1);
-bool has_avx512_bf16();
 
 // Round-to-nearest of `rows` rows of K weights to an MX format: codes in the memory layout and E8M0 bytes.
 struct MxTask {
@@ -74,3 +91,23 @@ struct MxTask {
   int rule;  // 0 floor, 1 even, 2 rceil
 };
 void quantize_mx_rows(const MxTask& task, int64_t n0, int64_t n1);
+
+// GPTQ's rounding of columns low..high of [E, N, K] matrices, errors of earlier columns made good already.
+struct ColumnsTask {
+  float* values;         // in: what to round; out: the same with the errors of the leaf's earlier columns made good
+  const float* weights;
+  float* errors;         // out: weights less rounded values
+  const float* ratios;   // [E, K, K]
+  const int64_t* ratio_strides;
+  const float* scale;    // [E, N, num_blocks]
+  const float* zero;     // the same, or null
+  const int64_t* blocks; // [E, K] block of each column, or null for column / block
+  const float* penalties;  // [E, K]
+  const float* shares;     // [E]
+  float* bounds;           // [E, N], to which penalty * (value - rounded)^2 - share * error^2 of each column is added
+  int64_t num_rows, num_columns, num_blocks, block, low, high;
+  int bits, mantissa_bits, exponent_bias;
+  float largest;
+};
+int64_t column_tiles(int64_t num_rows);
+void round_columns(const ColumnsTask& task, int64_t begin, int64_t end);  // tiles, all experts' in a row

@@ -95,9 +95,9 @@ template <typename T> static INLINE void quantize_rows(const MxTask& t, int64_t 
   }
 }
 
-CLONES static void rows_f32(const MxTask& t, int64_t n0, int64_t n1) { quantize_rows<float>(t, n0, n1); }
-CLONES static void rows_bf16(const MxTask& t, int64_t n0, int64_t n1) { quantize_rows<uint16_t>(t, n0, n1); }
-CLONES static void rows_f16(const MxTask& t, int64_t n0, int64_t n1) { quantize_rows<_Float16>(t, n0, n1); }
+FOR_EACH_CPU(rows_f32, (const MxTask& t, int64_t n0, int64_t n1), (t, n0, n1), quantize_rows<float>(t, n0, n1))
+FOR_EACH_CPU(rows_bf16, (const MxTask& t, int64_t n0, int64_t n1), (t, n0, n1), quantize_rows<uint16_t>(t, n0, n1))
+FOR_EACH_CPU(rows_f16, (const MxTask& t, int64_t n0, int64_t n1), (t, n0, n1), quantize_rows<_Float16>(t, n0, n1))
 
 void quantize_mx_rows(const MxTask& task, int64_t n0, int64_t n1) {
   (task.dtype == 0 ? rows_f32 : task.dtype == 1 ? rows_bf16 : rows_f16)(task, n0, n1);

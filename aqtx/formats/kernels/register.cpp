@@ -1,10 +1,15 @@
 // The torch side: checks, scratch memory, threads, and the ops' registration.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
 
 #include "packed.h"
 
@@ -34,88 +39,127 @@ Packed describe(const Tensor& codes, const Tensor& scale, const Tensor* zero, co
 
 const Tensor* present(const OptionalTensor& t) { return t && t->defined() && t->numel() ? &*t : nullptr; }
 
+// Contiguous activations [count, K] of any float type.
+struct Rows {
+  const char* data;
+  at::ScalarType type;
+  int64_t count;
+};
+
+Rows rows_of(const Tensor& x, int64_t start, int64_t count) {
+  return {(const char*)x.const_data_ptr() + start * x.size(-1) * x.element_size(), x.scalar_type(), count};
+}
+
+std::vector<float> as_floats(const Rows& x, int64_t columns) {
+  std::vector<float> values(x.count * columns);
+  auto copy = [&](auto* from) { std::copy(from, from + values.size(), values.begin()); };
+  if (x.type == at::kFloat) copy((const float*)x.data);
+  else if (x.type == at::kBFloat16) copy((const at::BFloat16*)x.data);
+  else if (x.type == at::kHalf) copy((const at::Half*)x.data);
+  else TORCH_CHECK(false, "aqtx: activations must be float32, bfloat16 or float16");
+  return values;
+}
+
 // Activations in decoder order, zero-padded; see packed.h.
 struct Prepared {
-  Tensor values, sums;
+  Tensor values;
+  std::vector<float> sums;
   Activations view;
 };
 
-Prepared prepare(const Tensor& x, const Packed& w) {
+bool is_fast(at::ScalarType type) { return cpu() == Cpu::avx512_bf16 && type == at::kBFloat16; }
+
+Prepared prepare(const Rows& x, const Packed& w) {
   Prepared p;
-  const int64_t M = x.size(0), K = w.num_columns, columns = supers(K) * kSuper;
-  const bool fast = has_avx512_bf16() && x.scalar_type() == at::kBFloat16;
-  const Tensor floats = fast && !w.zero ? Tensor() : x.to(at::kFloat);
-  const float* from = floats.defined() ? floats.const_data_ptr<float>() : nullptr;
-  p.values = at::empty({M, columns}, x.options().dtype(fast ? at::kBFloat16 : at::kFloat));
-  auto fill = [&](auto* to, const auto* source) {
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t s = 0; s < columns; s += kSuper)
-        for (int64_t part = 0; part < 4; part++) {
-          const int64_t k = s + 16 * (part == 1 ? 2 : part == 2 ? 1 : part);
-          auto* out = to + m * columns + s + 16 * part;
-          for (int64_t j = 0; j < 16; j++) out[j] = k + j < K ? source[m * K + k + j] : 0;
-        }
-  };
+  const bool fast = is_fast(x.type);
+  const int64_t M = x.count, K = w.num_columns, columns = ordered_columns(w, fast);
+  const std::vector<float> floats = fast && !w.zero ? std::vector<float>() : as_floats(x, K);
+  p.values = at::detail::empty_cpu({M, columns}, fast ? at::kBFloat16 : at::kFloat);
   p.view = {nullptr, nullptr, nullptr, M, columns};
   if (fast) {
-    fill((uint16_t*)p.values.data_ptr(), (const uint16_t*)x.const_data_ptr());
+    order_activations((const uint16_t*)x.data, M, w, (uint16_t*)p.values.data_ptr());
     p.view.bf16 = (const uint16_t*)p.values.const_data_ptr();
   } else {
-    fill(p.values.data_ptr<float>(), from);
+    order_activations(floats.data(), M, w, p.values.data_ptr<float>());
     p.view.f32 = p.values.const_data_ptr<float>();
   }
   if (w.zero) {
-    p.sums = at::empty({M, w.num_blocks}, floats.options());
-    float* sums = p.sums.data_ptr<float>();
+    p.sums.resize(M * w.num_blocks);
     for (int64_t m = 0; m < M; m++)
       for (int64_t b = 0; b < w.num_blocks; b++) {
-        float sum = 0;
-        for (int64_t k = b * w.block; k < std::min((b + 1) * w.block, K); k++) sum += from[m * K + k];
-        sums[m * w.num_blocks + b] = sum;
+        const float* from = floats.data() + m * K + b * w.block;
+        p.sums[m * w.num_blocks + b] = std::accumulate(from, from + std::min(w.block, K - b * w.block), 0.0f);
       }
-    p.view.block_sums = sums;
+    p.view.block_sums = p.sums.data();
   }
   return p;
 }
 
 int64_t grain(const Packed& w) { return std::max<int64_t>(16, (1 << 18) / std::max<int64_t>(w.num_columns, 1)); }
 
-// y [M, N] = x [M, K] w^T for few rows.
-Tensor few_rows(const Tensor& x, const Packed& w, int64_t N) {
+// y [M, N] = x [M, K] w^T for few rows, in x's type.
+void few_rows(const Rows& x, const Packed& w, int64_t N, void* y) {
   const Prepared p = prepare(x, w);
-  Tensor y = at::empty({x.size(0), N}, x.options().dtype(at::kFloat));
-  float* to = y.data_ptr<float>();
-  at::parallel_for(0, N, grain(w), [&](int64_t a, int64_t b) { linear_rows(w, p.view, to, N, a, b); });
-  return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
+  const std::unique_ptr<float[]> scratch(x.type == at::kFloat ? nullptr : new float[x.count * N]);
+  float* sums = scratch ? scratch.get() : (float*)y;
+  at::parallel_for(0, N, grain(w), [&](int64_t a, int64_t b) {
+    linear_rows(w, p.view, sums, N, a, b);
+    for (int64_t m = 0; m < x.count; m++) {
+      const float* from = sums + m * N;
+      if (x.type == at::kBFloat16) round_to_bf16(from + a, b - a, (uint16_t*)y + m * N + a);
+      else if (x.type == at::kHalf) std::copy(from + a, from + b, (at::Half*)y + m * N + a);
+    }
+  });
+}
+
+// Rows start..start + out.size(0) of a weight into `out`, bf16 or float32.
+void dequantize_into(const Tensor& out, const Packed& w, int64_t start) {
+  at::parallel_for(0, out.size(0), grain(w), [&](int64_t a, int64_t b) {
+    if (out.scalar_type() == at::kFloat) dequantize_rows(w, out.data_ptr<float>() + a * w.num_columns, start + a, start + b);
+    else dequantize_rows(w, (uint16_t*)out.data_ptr() + a * w.num_columns, start + a, start + b);
+  });
 }
 
 Tensor dequantized(const Packed& w, int64_t N, const at::TensorOptions& options) {
-  const bool fast = has_avx512_bf16() && options.dtype() == at::kBFloat16;
-  Tensor out = at::empty({N, w.num_columns}, options.dtype(fast ? at::kBFloat16 : at::kFloat));
-  at::parallel_for(0, N, grain(w), [&](int64_t a, int64_t b) {
-    if (fast) dequantize_rows(w, (uint16_t*)out.data_ptr() + a * w.num_columns, a, b);
-    else dequantize_rows(w, out.data_ptr<float>() + a * w.num_columns, a, b);
-  });
-  return out.to(options.dtype().toScalarType());
+  const at::ScalarType type = options.dtype().toScalarType();
+  const Tensor out = at::empty({N, w.num_columns}, options.dtype(is_fast(type) ? type : at::kFloat));
+  dequantize_into(out, w, 0);
+  return out.to(type);
 }
 
-// Few rows: one fused pass over the packed weight. Many: dequantize and multiply.
-constexpr int64_t kFewRows = 32, kFewPortable = 8;
+// Few rows: one fused pass over the packed weight. Many: dequantize and multiply, in panels that stay in the
+// cache and are small enough for the allocator to keep: fresh pages for a whole weight cost a third of the product.
+constexpr int64_t kFewRows = 32, kFewPortable = 8, kPanel = 1 << 19;
 
-Tensor product(const Tensor& x, const Packed& w, int64_t N) {
-  const bool fast = has_avx512_bf16() && x.scalar_type() == at::kBFloat16;
-  if (x.size(0) <= (fast ? kFewRows : kFewPortable)) return few_rows(x, w, N);
-  return at::linear(x, dequantized(w, N, x.options()));
+bool is_few(const Rows& x) { return x.count <= (is_fast(x.type) ? kFewRows : kFewPortable); }
+
+Tensor many_rows(const Tensor& x, const Packed& w, int64_t N) {
+  const int64_t step = std::max<int64_t>(64, kPanel / std::max<int64_t>(w.num_columns, 1));
+  if (N <= step || !is_fast(x.scalar_type())) return at::linear(x, dequantized(w, N, x.options()));
+  auto shape = x.sizes().vec();
+  shape.back() = N;
+  const Tensor y = at::detail::empty_cpu(shape, x.scalar_type()), panel = at::empty({step, w.num_columns}, x.options());
+  for (int64_t n = 0; n < N; n += step) {
+    const Tensor rows = panel.narrow(0, 0, std::min(step, N - n));
+    dequantize_into(rows, w, n);
+    y.narrow(-1, n, rows.size(0)).copy_(at::linear(x, rows));
+  }
+  return y;
 }
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const OptionalTensor& zero,
               const OptionalTensor& per_tensor, Spec spec, int64_t num_columns) {
   TORCH_CHECK(codes.dim() == 2 && x.size(-1) == num_columns && spec.size() == kSpecLength, "aqtx: shapes do not match");
   const Packed w = describe(codes, scale, present(zero), present(per_tensor), spec, num_columns, 0);
-  const Tensor rows = x.reshape({-1, num_columns}).contiguous();
+  const Tensor dense = x.contiguous();
+  const int64_t N = codes.size(0);
+  const Rows rows = rows_of(dense, 0, num_columns ? x.numel() / num_columns : 0);
+  if (!is_few(rows)) return many_rows(dense, w, N);
   auto shape = x.sizes().vec();
-  shape.back() = codes.size(0);
-  return product(rows, w, codes.size(0)).view(shape);
+  shape.back() = N;
+  Tensor y = at::detail::empty_cpu(shape, x.scalar_type());
+  few_rows(rows, w, N, y.data_ptr());
+  return y;
 }
 
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero, const OptionalTensor& per_tensor,
@@ -158,15 +202,20 @@ Tensor grouped(const Tensor& x, const Tensor& offsets, at::TensorList parts, at:
     int64_t slot = slots[expert];
     const Bucket* b = buckets.data();
     while (slot >= b->codes.size(0)) slot -= (b++)->codes.size(0);
-    const Tensor mine = rows.narrow(0, start, end - start);
-    Tensor target = out.narrow(0, start, end - start);
-    if (b->spec[0] == 16) {
-      at::mm_out(target, mine, b->codes.select(0, slot).to(x.scalar_type()).t());
-    } else {
+    const bool packed = b->spec[0] != 16;
+    Packed w{};
+    if (packed) {
       const Tensor* zero = b->zero.defined() ? &b->zero : nullptr;
       const Tensor* per_tensor = b->per_tensor.defined() ? &b->per_tensor : nullptr;
-      const Packed w = describe(b->codes, b->scale, zero, per_tensor, b->spec, x.size(1), slot);
-      target.copy_(product(mine, w, num_outputs));
+      w = describe(b->codes, b->scale, zero, per_tensor, b->spec, x.size(1), slot);
+    }
+    const Rows mine = rows_of(rows, start, end - start);
+    if (packed && is_few(mine)) {
+      few_rows(mine, w, num_outputs, (char*)out.data_ptr() + start * num_outputs * out.element_size());
+    } else {
+      const Tensor weight = packed ? dequantized(w, num_outputs, x.options()) : b->codes.select(0, slot).to(x.scalar_type());
+      Tensor target = out.narrow(0, start, end - start);
+      at::mm_out(target, rows.narrow(0, start, end - start), weight.t());
     }
     start = end;
   }
@@ -192,7 +241,30 @@ std::tuple<Tensor, Tensor> quantize_mx(const Tensor& weight, Spec spec, double l
   return {codes, scale};
 }
 
-bool fast() { return has_avx512_bf16(); }
+void round_columns_leaf(const Tensor& values, const Tensor& weights, const Tensor& errors, const Tensor& ratios,
+                        const Tensor& scale, const OptionalTensor& zero, const OptionalTensor& blocks,
+                        const Tensor& penalties, const Tensor& shares, const Tensor& bounds, Spec spec,
+                        double largest, int64_t low, int64_t high) {
+  for (const Tensor* x : {&values, &weights, &errors, &scale})
+    TORCH_CHECK(x->is_contiguous() && x->scalar_type() == at::kFloat && x->dim() == 3, "aqtx: float32 [E, N, K] only");
+  TORCH_CHECK(ratios.scalar_type() == at::kFloat && ratios.dim() == 3, "aqtx: float32 [E, K, K] only");
+  const Tensor *zeros = present(zero), *order = present(blocks);
+  TORCH_CHECK(!zeros || (zeros->is_contiguous() && zeros->scalar_type() == at::kFloat), "aqtx: zero points in float32");
+  TORCH_CHECK(!order || (order->is_contiguous() && order->scalar_type() == at::kLong), "aqtx: block numbers in int64");
+  for (const Tensor* x : {&penalties, &shares, &bounds})
+    TORCH_CHECK(x->is_contiguous() && x->scalar_type() == at::kFloat, "aqtx: bounds in float32");
+  const ColumnsTask task{values.data_ptr<float>(), weights.const_data_ptr<float>(), errors.data_ptr<float>(),
+                         ratios.const_data_ptr<float>(), ratios.strides().data(), scale.const_data_ptr<float>(),
+                         zeros ? zeros->const_data_ptr<float>() : nullptr,
+                         order ? order->const_data_ptr<int64_t>() : nullptr,
+                         penalties.const_data_ptr<float>(), shares.const_data_ptr<float>(), bounds.data_ptr<float>(),
+                         values.size(1), values.size(2), scale.size(2), spec[4], low, high,
+                         int(spec[0]), int(spec[1]), int(spec[2]), float(largest)};
+  at::parallel_for(0, values.size(0) * column_tiles(values.size(1)), 4,
+                   [&](int64_t a, int64_t b) { round_columns(task, a, b); });
+}
+
+int64_t level() { return int64_t(cpu()); }
 
 }  // namespace
 
@@ -201,11 +273,13 @@ TORCH_LIBRARY(aqtx_cpu, m) {
   m.def("dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? per_tensor, int[] spec, int num_columns, ScalarType dtype) -> Tensor");
   m.def("grouped(Tensor x, Tensor offsets, Tensor[] parts, int[] specs, int[] slots, int num_outputs) -> Tensor");
   m.def("quantize_mx(Tensor weight, int[] spec, float largest, int rule, int row_bytes) -> (Tensor, Tensor)");
-  m.def("fast() -> bool", fast);
+  m.def("round_columns(Tensor(a!) values, Tensor weights, Tensor(b!) errors, Tensor ratios, Tensor scale, Tensor? zero, Tensor? blocks, Tensor penalties, Tensor shares, Tensor(c!) bounds, int[] spec, float largest, int low, int high) -> ()");
+  m.def("cpu() -> int", level);  // as in packed.h: 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16
 }
 TORCH_LIBRARY_IMPL(aqtx_cpu, CPU, m) {
   m.impl("linear", linear);
   m.impl("dequantize", dequantize);
   m.impl("grouped", grouped);
   m.impl("quantize_mx", quantize_mx);
+  m.impl("round_columns", round_columns_leaf);
 }
