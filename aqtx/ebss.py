@@ -121,7 +121,7 @@ class _Beams:
 class Sampler:
     """Grows groups of sequences through the `step` entry."""
 
-    def __init__(self, program: Program, seed: int) -> None:
+    def __init__(self, program: Program, seed: int, tau: float = TAU) -> None:
         module = program.module("step")
         assert isinstance(module, fx.GraphModule)
         self._routed = Routed(module)
@@ -129,6 +129,7 @@ class Sampler:
         self._device = program.device
         self._vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
         self._random = torch.Generator().manual_seed(seed)
+        self._tau = tau
 
     @torch.no_grad()
     def grow(self, num_groups: int, length: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -161,7 +162,7 @@ class Sampler:
         usage = beams.usage.repeat_interleave(BEAMS, 1) + usage.view(groups, -1, *usage.shape[1:])
         best = beams.usage[:, 0]
         others = before + (best.sum(0) - best).unsqueeze(1)  # what other sequences wrote
-        score = nll / place + deviation(usage + others) / TAU
+        score = nll / place + deviation(usage + others) / self._tau
         keep = score.topk(BEAMS, -1, largest=False).indices  # [G, W]
         rows = (keep + torch.arange(groups).unsqueeze(1) * BEAMS * BEAMS).flatten()
         ids = torch.cat([beams.ids.flatten(0, 1)[parents], tokens.view(-1, 1)], 1)
@@ -188,6 +189,7 @@ def sample(
     num_sequences: int,
     length: int,
     seed: int = 0,
+    tau: float = TAU,
     progress: Callable[[Iterator[int]], Iterator[int]] = iter,
 ) -> Sampled:
     """Sequences of tokens that the model finds likely and that load its experts evenly.
@@ -195,7 +197,7 @@ def sample(
     Raises:
         InputError: the model has no experts or cannot generate.
     """
-    sampler = Sampler(program, seed)
+    sampler = Sampler(program, seed, tau)
     parts: list[Tensor] = []
     usage: Tensor | None = None
     for start in progress(iter(range(0, num_sequences, PARALLEL))):

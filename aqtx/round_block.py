@@ -26,7 +26,8 @@ from aqtx.routing import find_gate_scores, is_inside_experts
 
 Prior = Literal["none", "isotropic", "pooled"]
 POWERS = {"none": 0, "score": 1, "squared_score": 2}
-SOLVE_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}  # workspace of one batch; larger ones are no faster
+SOLVE_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}  # workspace of one batch; on a CPU it stays in the cache
+SHARES = 8  # a stage's experts are at least so many quanta, for ranks to share, whatever their number
 POOL_STRIDE = 4  # the pooled moment is of every fourth row
 
 
@@ -94,7 +95,7 @@ class BlockRounder:
         columns = stage.num_inputs
         each = 4 * (8 * rows * columns + 3 * columns**2)
         quantum = max(SOLVE_BYTES.get(self.runner.device.type, SOLVE_BYTES["cpu"]) // each, 1)
-        quantum = min(quantum, -(-len(stage.experts) // current().size))  # every rank has experts to solve
+        quantum = min(quantum, -(-len(stage.experts) // SHARES))
         units: dict[int, list[int]] = {}
         for expert in stage.experts:
             units.setdefault(expert // quantum, []).append(expert)
@@ -134,15 +135,16 @@ class BlockRounder:
 
     def _round_batch(self, sites: list[Site], moments: Moments, curvature: Curvature, weights: Values) -> None:
         """Solve experts of one node and format; keep their codes, and compute with them from now on."""
-        parameter = sites[0].node.args[1]
+        program, parameter = self.runner.program, sites[0].node.args[1]
         assert isinstance(parameter, fx.Node)
         stack = weights[parameter] if sites[0].expert is not None else weights[parameter].unsqueeze(0)
         experts = [site.expert or 0 for site in sites]
         places = [moments.place[expert] for expert in experts]
         part = curvature if len(places) == len(moments.H) else curvature.take(places)
-        found = part.solve(stack[experts], parse(sites[0].get("format")))
+        W = torch.stack([program.read(site) for site in sites])  # float32: `stack` has rounded what passes changed
+        found = part.solve(W.to(stack.device), parse(sites[0].get("format")))
         for index, site in enumerate(sites):
-            code = found.tensor[index]
+            code = found.tensor[index].to(program.dtype)
             self.solved[site.name] = code.to("cpu")
             if self.settings.rounded_inputs:
                 stack[experts[index]] = code.dequantize(stack.dtype)

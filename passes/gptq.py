@@ -34,7 +34,7 @@ class Gptq(Pass):
 
     damp_fraction: float = 0.01
     order: Literal["none", "activation"] = "activation"
-    block_size: int = 16
+    block_size: int = 32
     prior: Literal["pooled", "isotropic", "none"] = "pooled"
     weighting: Literal["none", "score", "squared_score"] = "none"
     inputs: Literal["rounded", "original"] = "rounded"

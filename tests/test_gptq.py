@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
-from aqtx.formats import names, parse, quantize
+from aqtx.formats import kernel, names, parse, quantize
 from aqtx.numerics.cholesky import factor
-from aqtx.numerics.gptq import Options, gptq, row_errors, solve
+from aqtx.numerics.gptq import Options, gptq, solve
+from aqtx.numerics.rows import better_rows, bound_basis, row_errors
 
 EXTRA = [
     "int4_asym",
@@ -160,8 +161,32 @@ def test_input_is_refused_in_sentences() -> None:
 
 def test_row_errors_use_symmetry_rightly() -> None:
     D, H = weights(2, 5, 300), moment(50, 300, 2)
-    found = row_errors(D.permute(2, 0, 1).contiguous(), H, panel=128)
+    found = row_errors(D, H, panel=128)
     assert torch.allclose(found.double(), exact_errors(D, torch.zeros_like(D), H), rtol=1e-4)
+
+
+def test_bounds_decide_as_the_errors_do() -> None:
+    """Whether a row's error is proven to be the smaller one, or evaluated, the choice is the same."""
+    D, nearest, H = 0.7 * weights(3, 40, 256), weights(3, 40, 256, seed=5), moment(90, 256, 3)
+    exact = row_errors(D, H) < row_errors(nearest, H)
+    basis, tight = bound_basis(H), row_errors(D, H)
+    below = (nearest @ basis.transpose(-1, -2)).square().sum(-1)
+    assert (below <= row_errors(nearest, H)).all() and below.sum() > 0.3 * row_errors(nearest, H).sum()
+    for bound in (None, tight, tight + torch.inf):
+        assert torch.equal(better_rows(D, nearest, H, basis=basis, bound=bound), exact)
+
+
+@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize("name", ["int4", "int3_g32", "int4_asym", "mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "nvfp4"])
+def test_compiled_columns_give_the_same_bits(name: str, order: str, monkeypatch) -> None:
+    if not kernel.available():
+        pytest.skip("no compiler")
+    W, H = weights(2, 70, 200), moment(300, 200, 2)
+    compiled = solve(W, H, parse(name), options=Options(order=order))
+    monkeypatch.setattr(kernel, "serves", lambda device: False)
+    plain = solve(W, H, parse(name), options=Options(order=order))
+    assert_same_codes(compiled.tensor, plain.tensor)
+    assert torch.equal(compiled.error, plain.error)
 
 
 def test_bf16_weights_stay_bf16() -> None:

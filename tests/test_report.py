@@ -100,7 +100,9 @@ def run_folder(tmp_path_factory):
     (folder / "plan.json").write_text(json.dumps({"method": "alpha", "gap": 1e-4, "sites": entries}))
     (folder / "report.json").write_text(json.dumps(report_of(names)))
     points = [
-        {"method": m, "bytes": b, "perplexity": change(20 + 1e7 / b)} for m in ("alpha", "uniform") for b in (5e6, 6e6)
+        {"method": m, "bytes": b, "perplexity": change(20 + 1e7 / b), "change": change(1e4 / b)}
+        for m in ("alpha", "uniform")
+        for b in (5e6, 6e6)
     ]
     (folder / "study.json").write_text(json.dumps({"points": points}))
     write_report(folder)

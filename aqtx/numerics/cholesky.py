@@ -21,13 +21,15 @@ LAST_RETRY = 10.0  # a positive semi-definite matrix factors long before this
 
 @dataclass(frozen=True)
 class Factor:
-    """Columns of R over their diagonal (unit upper triangular) and the damping fraction that it took.
+    """Columns of R over their diagonal (unit upper triangular), that diagonal, and the damping that it took.
 
-    ratios: [E, K, K]; damping: [E], of the mean of the diagonal.
+    ratios: [E, K, K]; diagonal: [E, K]; damping: [E], of the mean of H's diagonal; shift: [E], what was added to it.
     """
 
     ratios: Tensor
+    diagonal: Tensor
     damping: Tensor
+    shift: Tensor
 
 
 def factor(H: Tensor, damp_fraction: float) -> Factor:
@@ -52,8 +54,9 @@ def factor(H: Tensor, damp_fraction: float) -> Factor:
         again, still = _attempt(H[failed], (damping * mean)[failed])
         lower[failed] = again
         failed = failed.masked_scatter(failed, still)
-    lower.div_(lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone())
-    return Factor(lower.flip(-2, -1), damping)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1).clone()
+    lower.div_(diagonal.unsqueeze(-2))
+    return Factor(lower.flip(-2, -1), diagonal.flip(-1), damping, (damping + empty) * mean)
 
 
 def _attempt(H: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,10 @@
 """GPTQ's rounding of columns in order, each error made good by the columns that follow.
 
-Legend: E experts solved as one batch, N rows, K columns, B blocks under one scale each.
-Everything is laid out [K, E, N]: a column of all experts and rows is one contiguous slice, so the
-sequential part is a dozen elementwise calls per column whatever E is. Columns are halved
-recursively: the right half receives the left half's errors in one matrix product before it starts,
-and only within a leaf of a few columns are errors passed on one column at a time. The result is
-the plain algorithm's up to the order of additions.
+Legend: E experts solved as one batch, N rows, K columns, G blocks under one scale each.
+Columns are halved recursively: the right half receives the left half's errors in one matrix product
+before it starts, and only within a leaf of a few columns are errors passed on one column at a time. A
+leaf is one call of the compiled kernel, or a dozen elementwise calls per column on all experts and
+rows at once; both give the same bits. The result is the plain algorithm's up to the order of additions.
 """
 
 from collections.abc import Sequence
@@ -14,101 +13,135 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aqtx.formats import kernel
 from aqtx.formats.codec import Scales, decode_scale, snap
 from aqtx.formats.table import Format
+from aqtx.numerics.cholesky import Factor
+from aqtx.numerics.rows import SLACK
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that each weight may take, fixed before any rounding: scale and zero point [B, E, N]."""
+    """The values that each weight may take, fixed before any rounding: scale and zero point [E, N, G]."""
 
     fmt: Format
     block: int
     scale: Tensor
     zero_point: Tensor | None
-    experts: Tensor  # 0, 1, ..., E - 1
 
     @classmethod
     def of(cls, scales: Scales, fmt: Format, num_columns: int) -> "Grid":
         """From the stored scales of a [E, N, K] weight."""
-        zero_point = None if scales.zero_point is None else _blocks_first(scales.zero_point.to(torch.float32))
-        scale = _blocks_first(decode_scale(scales, fmt))
-        experts = torch.arange(scale.shape[1], device=scale.device)
-        return cls(fmt, fmt.block_size(num_columns), scale, zero_point, experts)
+        zero_point = None if scales.zero_point is None else scales.zero_point.to(torch.float32).contiguous()
+        return cls(fmt, fmt.block_size(num_columns), decode_scale(scales, fmt).contiguous(), zero_point)
+
+    def column_blocks(self, num_columns: int, order: Tensor | None) -> Sequence[int | Tensor]:
+        """Block number of each column in `order` [E, K]: [E] where experts differ."""
+        if order is None:
+            return [column // self.block for column in range(num_columns)]
+        numbers = (order // self.block).t().contiguous()
+        return [int(number) for number in numbers] if numbers.shape[1] == 1 else list(numbers)
+
+    def blocks_first(self) -> "Grid":
+        """The same laid out [G, E, N]."""
+        zero_point = None if self.zero_point is None else self.zero_point.permute(2, 0, 1).contiguous()
+        return Grid(self.fmt, self.block, self.scale.permute(2, 0, 1).contiguous(), zero_point)
 
     def snap(self, values: Tensor, block: int | Tensor) -> Tensor:
-        """Nearest values: [..., E, N], all in block number `block`, or in block `block[e]` for expert e."""
-        place = block if isinstance(block, int) else (block, self.experts)
+        """Nearest values [E, N] in a grid laid out blocks first, in block `block`, or `block[e]` for expert e."""
+        place = block if isinstance(block, int) else (block, torch.arange(len(values), device=values.device))
         zero_point = None if self.zero_point is None else self.zero_point[place]
         return snap(values, self.fmt, self.scale[place], zero_point)
 
-    def nearest(self, weights: Tensor) -> Tensor:
-        """Round-to-nearest of weights [K, E, N] in their stored order."""
-        pieces = weights.split(self.block)
-        return torch.cat([self.snap(piece, block) for block, piece in enumerate(pieces)])
-
-
-def _blocks_first(x: Tensor) -> Tensor:
-    """[E, N, B] -> [B, E, N]."""
-    return x.permute(2, 0, 1).contiguous()
-
-
-def columns_first(x: Tensor) -> Tensor:
-    """[E, N, K] -> [K, E, N]; as a transpose of two dimensions, for which torch has a blocked copy."""
-    return x.reshape(-1, x.shape[-1]).t().contiguous().view(x.shape[-1], *x.shape[:2])
-
-
-def columns_last(x: Tensor) -> Tensor:
-    """[K, E, N] -> [E, N, K]."""
-    return x.flatten(1).t().contiguous().view(*x.shape[1:], len(x))
-
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Columns of each expert of x [K, E, N] in `order` [E, K]."""
-    return x[order.t(), torch.arange(x.shape[1], device=x.device)]
+    """Columns of each expert of x [E, N, K] in `order` [E, K]."""
+    return x.gather(-1, order.unsqueeze(1).expand_as(x))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One batch on its way: weights as given, values (rounded as far as columns are done), and their difference."""
+    """One batch on its way, [E, N, K]: weights, values to round in their place, and weights less rounded values.
+
+    `bounds` [E, N] are sums of penalty (value - rounded)^2 over columns: the output error under what was factored, as
+    penalties are R_cc^2. Off them goes `share` |error|^2, the part of it that is known to be none of H's.
+    """
 
     weights: Tensor
     values: Tensor
     errors: Tensor
+    bounds: Tensor
     ratios: Tensor  # [E, K, K] of the factor, in the same order
-    grid: Grid
-    blocks: Sequence[int | Tensor]  # block number of each column, [E] where experts differ
+    penalties: Tensor  # [E, K]
+    share: Tensor  # [E]
     block_size: int
 
-    def round(self, low: int, high: int) -> None:
+    def round(self, leaves: "Leaves", low: int, high: int) -> None:
         """Round the columns from `low` up to `high`, whose errors from earlier columns are made good already."""
         if high - low <= self.block_size:
-            self._round_leaf(low, high)
+            leaves.round(self, low, high)
             return
-        leaves = -(-(high - low) // self.block_size)
-        middle = low + (leaves + 1) // 2 * self.block_size
-        self.round(low, middle)
-        ratios = self.ratios[:, low:middle, middle:high].transpose(1, 2)
-        self.values[middle:high].transpose(0, 1).baddbmm_(ratios, self.errors[low:middle].transpose(0, 1))
-        self.round(middle, high)
-
-    def _round_leaf(self, low: int, high: int) -> None:
-        """One column at a time, its error passed on within the leaf."""
-        ratios = self.ratios[:, low:high, low:high].permute(1, 2, 0).unsqueeze(-1).contiguous()  # [row, column, E, 1]
-        for column in range(low, high):
-            rounded = self.grid.snap(self.values[column], self.blocks[column])
-            error = torch.sub(self.weights[column], rounded, out=self.errors[column])
-            self.values[column] = rounded
-            if column + 1 < high:
-                self.values[column + 1 : high].addcmul_(ratios[column - low, column - low + 1 :], error)
+        middle = low + (-(-(high - low) // self.block_size) + 1) // 2 * self.block_size
+        self.round(leaves, low, middle)
+        ratios = self.ratios[:, low:middle, middle:high]
+        self.values[..., middle:high].baddbmm_(self.errors[..., low:middle], ratios)
+        self.round(leaves, middle, high)
 
 
-def round_columns(weights: Tensor, ratios: Tensor, grid: Grid, order: Tensor | None, block_size: int) -> Tensor:
-    """Values on the grid for weights [K, E, N] in `order`, given the factor's ratios in that order."""
-    blocks: Sequence[int | Tensor] = [column // grid.block for column in range(len(weights))]
-    if order is not None:
-        numbers = (order // grid.block).t().contiguous()
-        blocks = [int(number) for number in numbers] if weights.shape[1] == 1 else list(numbers)
-    work = Columns(weights, weights.clone(), torch.empty_like(weights), ratios, grid, blocks, block_size)
-    work.round(0, len(weights))
-    return work.values
+class Leaves:
+    """Rounds a leaf in plain torch, one column of all experts and rows at a time."""
+
+    def __init__(self, grid: Grid, num_columns: int, order: Tensor | None) -> None:
+        self._grid = grid.blocks_first()
+        self._blocks = grid.column_blocks(num_columns, order)
+
+    def round(self, work: Columns, low: int, high: int) -> None:
+        """Fill in `values` and `errors` of the leaf."""
+        values, weights = (x[..., low:high].permute(2, 0, 1).contiguous() for x in (work.values, work.weights))
+        ratios = work.ratios[:, low:high, low:high].permute(1, 2, 0).unsqueeze(-1).contiguous()  # [row, column, E, 1]
+        errors, steps = torch.empty_like(values), torch.empty_like(values)
+        for column in range(high - low):
+            rounded = self._grid.snap(values[column], self._blocks[low + column])
+            torch.sub(values[column], rounded, out=steps[column])
+            error = torch.sub(weights[column], rounded, out=errors[column])
+            # product and sum apart: a fused one would round otherwise than the compiled kernel
+            values[column + 1 :].add_(ratios[column, column + 1 :] * error)
+        work.values[..., low:high], work.errors[..., low:high] = values.permute(1, 2, 0), errors.permute(1, 2, 0)
+        penalties = work.penalties[:, low:high].t().unsqueeze(-1)
+        work.bounds.add_((penalties * steps.square() - work.share.unsqueeze(-1) * errors.square()).sum(0))
+
+
+class CompiledLeaves(Leaves):
+    """Rounds a leaf in one call of the compiled kernel."""
+
+    def __init__(self, grid: Grid, num_columns: int, order: Tensor | None) -> None:
+        self._grid, self._spec = grid, kernel.spec_of(grid.fmt, num_columns)
+        self._numbers = None if order is None else (order // grid.block).contiguous()
+
+    def round(self, work: Columns, low: int, high: int) -> None:
+        """Fill in `values` and `errors` of the leaf."""
+        grid = self._grid
+        torch.ops.aqtx_cpu.round_columns(
+            work.values, work.weights, work.errors, work.ratios, grid.scale, grid.zero_point, self._numbers,
+            work.penalties, work.share, work.bounds, self._spec, grid.fmt.element.largest, low, high,
+        )  # fmt: skip
+
+
+def round_columns(
+    weights: Tensor, factor: Factor, grid: Grid, *, order: Tensor | None, share: Tensor, block_size: int
+) -> Columns:
+    """Columns done: all [E, N, K] in `order`, as the weights are; the codes nearest to `values` are GPTQ's."""
+    kind = CompiledLeaves if kernel.serves(weights.device) else Leaves
+    weights, num_columns = weights.contiguous(), weights.shape[-1]
+    work = Columns(
+        weights=weights,
+        values=weights.clone(),
+        errors=torch.empty_like(weights),
+        bounds=weights.new_zeros(weights.shape[:2]),
+        ratios=factor.ratios,
+        penalties=factor.diagonal.square() * (1 + SLACK),
+        share=share,
+        block_size=block_size,
+    )
+    work.round(kind(grid, num_columns, order), 0, num_columns)
+    return work

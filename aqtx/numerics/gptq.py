@@ -3,14 +3,12 @@
 Legend: E experts, N rows (outputs), K columns (inputs); H [K, K] is the plain sum of x x^T over tokens.
 
 Scales are those of `quantize(W)`, fixed before any column is rounded, so that the output holds values
-of the declared format only and act-order costs nothing at run time. Taking a block's scale
-from its error-compensated weights when GPTQ reaches it was measured no better: output error over
-round-to-nearest 0.439 either way for MXFP4, 0.442 against 0.438 (static) for INT4 g128, 0.451 against
-0.438 for INT3 (512 x 512, spectrum 1/i, 4096 tokens).
+of the declared format only and act-order costs nothing at run time.
 
 Each row keeps the better of GPTQ and round-to-nearest on the H given, so no row is ever worse there.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +16,17 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats.codec import Scales, choose_scales, encode, quantize
+from aqtx.formats.codec import Scales, check_finite, choose_scales, encode, nearest_values, quantize
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
 from aqtx.numerics.cholesky import Factor, factor
-from aqtx.numerics.columns import Grid, columns_first, columns_last, reorder, round_columns
-from aqtx.numerics.shrinkage import shrink
+from aqtx.numerics.columns import Grid, reorder, round_columns
+from aqtx.numerics.rows import better_rows, bound_basis, row_errors
+from aqtx.numerics.shrinkage import isotropic_scale, shrink
 
 Order = Literal["none", "activation"]
 ORDERS: tuple[Order, ...] = ("none", "activation")
+SAMPLED = 16  # every so many rows one stands for all in the errors that are reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,22 @@ class Options:
 
     damp_fraction: float = 0.01
     order: Order = "none"
-    block_size: int = 16
+    block_size: int = 32
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes of a batch, and what it took; errors are sums of d H d^T over rows, on the H given: all [E]."""
+    """Codes of a batch, and what it took, all [E].
+
+    Errors are sums of d H d^T over rows, on the H given, estimated from every 16th row.
+    """
 
     tensor: QuantizedTensor
     damping: Tensor
     pseudo_tokens: Tensor
     nearest_error: Tensor
     error: Tensor
-    power: Tensor  # w H w^T, estimated, to put the errors in relation
+    power: Tensor  # w H w^T, to put the errors in relation
     rows_nearest: Tensor  # rows that kept round-to-nearest
 
 
@@ -69,7 +72,7 @@ def gptq(  # noqa: PLR0913  (a promised interface)
         format_name: any format of the table.
         damp_fraction: of the mean diagonal, added to the diagonal; raised tenfold where factoring fails.
         order: "activation" rounds the columns of largest H first.
-        num_tokens: tokens that H sums over, [E] for a batch; None switches shrinkage off.
+        num_tokens: tokens that H sums over, [E] for a batch or one number for all; None switches shrinkage off.
         prior: second moment per token to shrink to; None takes H's own trace, evenly spread.
 
     Raises:
@@ -77,9 +80,9 @@ def gptq(  # noqa: PLR0913  (a promised interface)
     """
     single = W.dim() == 2
     options = Options(damp_fraction=damp_fraction, order=order)
+    batch_W, batch_H = (W[None].detach(), H[None].detach()) if single else (W.detach(), H.detach())
     tokens = None if num_tokens is None else torch.as_tensor(num_tokens, dtype=torch.float32, device=W.device)
-    batch_W, batch_H = (W.unsqueeze(0), H.unsqueeze(0)) if single else (W, H)
-    tokens = tokens.reshape(1) if tokens is not None and single else tokens
+    tokens = tokens.expand(len(batch_W)) if tokens is not None and tokens.dim() == 0 else tokens
     tensor = solve(batch_W, batch_H, parse(format_name), num_tokens=tokens, prior=prior, options=options).tensor
     return tensor[0] if single else tensor
 
@@ -106,6 +109,8 @@ class Curvature:
     factor: Factor
     order: Tensor | None  # [E, K], None for the stored order
     pseudo_tokens: Tensor
+    share: Tensor  # [E] what damping and an isotropic prior added to the diagonal
+    basis: Tensor  # [E, m, K], see rows.py
     block_size: int
 
     @classmethod
@@ -114,59 +119,59 @@ class Curvature:
         _check(H, num_tokens, prior, options)
         H = H.to(torch.float32)
         target, n0 = (H, H.new_zeros(len(H))) if num_tokens is None else shrink(H, num_tokens, prior)
+        diagonal = target.diagonal(dim1=-2, dim2=-1)
+        share = torch.zeros_like(n0) if num_tokens is None or prior is not None else n0 * isotropic_scale(H, num_tokens)
         order = None
         if options.order == "activation":
-            order = target.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-            target = torch.stack([one[columns][:, columns] for one, columns in zip(target, order, strict=True)])
-        return cls(H, factor(target, options.damp_fraction), order, n0, options.block_size)
+            order = diagonal.argsort(dim=-1, descending=True, stable=True)
+            target = torch.stack(
+                [one[columns].index_select(1, columns) for one, columns in zip(target, order, strict=True)]
+            )
+        found = factor(target, options.damp_fraction)
+        return cls(H, found, order, n0, share + found.shift, bound_basis(H), options.block_size)
 
     def take(self, places: list[int]) -> "Curvature":
         """Some entries of the batch."""
-        factor = Factor(self.factor.ratios[places], self.factor.damping[places])
+        found = self.factor
+        factor = Factor(found.ratios[places], found.diagonal[places], found.damping[places], found.shift[places])
         order = None if self.order is None else self.order[places]
-        return Curvature(self.H[places], factor, order, self.pseudo_tokens[places], self.block_size)
+        rest = (self.pseudo_tokens[places], self.share[places], self.basis[places], self.block_size)
+        return Curvature(self.H[places], factor, order, *rest)
 
     def solve(self, W: Tensor, fmt: Format) -> Solution:
         """Codes for W [E, N, K]."""
         if not fmt.is_packed:
             zeros = self.H.new_zeros(len(W))
             return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
-        scales = choose_scales(W, fmt)
-        grid = Grid.of(scales, fmt, W.shape[-1])
-        weights = columns_first(W.to(torch.float32))
-        nearest = grid.nearest(weights)
-        rounded = self._round(weights, grid)
-        errors = [row_errors(weights - _stored(values, W.dtype), self.H) for values in (nearest, rounded)]
-        better = errors[1] < errors[0]
-        values = columns_last(torch.where(better, rounded, nearest))
+        scales, weights = choose_scales(W, fmt), W.to(torch.float32)
+        values, differences, bound = self._round(weights, Grid.of(scales, fmt, W.shape[-1]))
+        if W.dtype is not torch.float32:  # what counts is what dequantizing to the weight's own dtype gives
+            differences, bound = weights - to_storage_dtype(weights - differences, W.dtype).float(), None
+        nearest = weights - nearest_values(W, fmt, scales).to(torch.float32)
+        better = better_rows(differences, nearest, self.H, basis=self.basis, bound=bound)
+        values = torch.where(better.unsqueeze(-1), values, weights)
+        kept = better[:, ::SAMPLED]
+        samples = torch.cat([x[:, ::SAMPLED] for x in (weights, nearest, differences)], 1)
+        power, before, after = row_errors(samples, self.H).chunk(3, 1)
+        whole = W.shape[1] / before.shape[1]
         return Solution(
             tensor=_encode(values, W.dtype, fmt, scales),
             damping=self.factor.damping,
             pseudo_tokens=self.pseudo_tokens,
-            nearest_error=errors[0].sum(-1),
-            error=torch.where(better, errors[1], errors[0]).sum(-1),
-            power=_power(weights, self.H),
+            nearest_error=before.sum(-1) * whole,
+            error=torch.where(kept, after, before).sum(-1) * whole,
+            power=power.sum(-1) * whole,
             rows_nearest=(~better).sum(-1),
         )
 
-    def _round(self, weights: Tensor, grid: Grid) -> Tensor:
-        """GPTQ's values for weights [K, E, N], in the stored order."""
+    def _round(self, weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values whose nearest codes are GPTQ's, weights less those [E, N, K], and at least their errors [E, N]."""
+        ordered = weights if self.order is None else reorder(weights, self.order)
+        work = round_columns(ordered, self.factor, grid, order=self.order, share=self.share, block_size=self.block_size)
         if self.order is None:
-            return round_columns(weights, self.factor.ratios, grid, None, self.block_size)
-        ordered = reorder(weights, self.order)
-        rounded = round_columns(ordered, self.factor.ratios, grid, self.order, self.block_size)
-        return reorder(rounded, self.order.argsort(dim=-1))
-
-
-def _power(weights: Tensor, H: Tensor) -> Tensor:
-    """w H w^T summed over rows [E], estimated on every eighth."""
-    some = weights[..., ::8].contiguous()
-    return row_errors(some, H).sum(-1) * (weights.shape[-1] / some.shape[-1])
-
-
-def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """What dequantizing to the weight's own dtype makes of float32 values."""
-    return values if dtype is torch.float32 else to_storage_dtype(values, dtype).float()
+            return work.values, work.errors, work.bounds
+        back = self.order.argsort(dim=-1)
+        return reorder(work.values, back), reorder(work.errors, back), work.bounds
 
 
 def _encode(values: Tensor, dtype: torch.dtype, fmt: Format, scales: Scales) -> QuantizedTensor:
@@ -183,27 +188,14 @@ def _encode(values: Tensor, dtype: torch.dtype, fmt: Format, scales: Scales) -> 
     )
 
 
-def row_errors(differences: Tensor, H: Tensor, panel: int = 128) -> Tensor:
-    """d H d^T of each row: differences [K, E, N], H [E, K, K] -> [E, N]. H's symmetry halves the work."""
-    rows = differences.transpose(0, 1)  # [E, K, N]
-    total = torch.zeros_like(rows[:, 0])
-    for low in range(0, rows.shape[1], panel):
-        own, later = rows[:, low : low + panel], rows[:, low + panel :]
-        moment = H[:, low : low + panel]
-        products = moment[:, :, low : low + panel] @ own
-        if later.shape[1]:
-            products.baddbmm_(moment[:, :, low + panel :], later, alpha=2)
-        total += products.mul_(own).sum(1)
-    return total
-
-
 def check_weights(W: Tensor, H: Tensor) -> None:
-    """InputError unless W [E, N, K] goes with H [E, K, K]."""
-    if W.dim() != 3:
-        raise InputError(f"W must be [N, K] or [E, N, K], not {list(W.shape)}")
+    """InputError unless W [E, N, K] is finite and goes with H [E, K, K]."""
+    if W.dim() != 3 or not W.is_floating_point():
+        raise InputError(f"W must be floats [N, K] or [E, N, K], not {W.dtype} {list(W.shape)}")
     if tuple(H.shape) != (len(W), W.shape[2], W.shape[2]):
         wanted = [len(W), W.shape[2], W.shape[2]]
         raise InputError(f"H of W {list(W.shape)} must be {wanted}, not {list(H.shape)}")
+    check_finite(W, "W")
 
 
 def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: Options) -> None:
@@ -213,11 +205,15 @@ def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: 
         problems.append(f"prior must be {list(H.shape[-2:])}, not {list(prior.shape)}")
     if num_tokens is not None and tuple(num_tokens.shape) != (len(H),):
         problems.append(f"num_tokens must be [{len(H)}], not {list(num_tokens.shape)}")
+    if num_tokens is not None and not bool(((num_tokens >= 0) & num_tokens.isfinite()).all()):
+        problems.append(f"num_tokens must be counts, not {num_tokens.tolist()}")
     if not H.isfinite().all():
         problems.append("H holds NaN or infinite values")
+    if prior is not None and not prior.isfinite().all():
+        problems.append("prior holds NaN or infinite values")
     if options.order not in ORDERS:
         problems.append(f"order must be one of {', '.join(ORDERS)}, not {options.order!r}")
-    if options.damp_fraction < 0:
-        problems.append(f"damp_fraction must not be negative, it is {options.damp_fraction}")
+    if not 0 <= options.damp_fraction < math.inf:
+        problems.append(f"damp_fraction must be a number of at least 0, it is {options.damp_fraction}")
     if problems:
         raise InputError(*problems)

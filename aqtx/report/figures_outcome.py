@@ -1,5 +1,6 @@
 """What became of the model: perplexity by domain, the router's shift, a study's Pareto front."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ from matplotlib.figure import Figure
 from aqtx.report.canvas import PALETTE, legend_below, panels
 from aqtx.report.data import Absent, RunData, is_number
 from aqtx.report.figures_maps import draw_grids
+
+_MARKERS = ("o", "s", "^")
 
 
 def domain_change(data: RunData) -> Figure:
@@ -75,22 +78,43 @@ def router_load(data: RunData) -> Figure:
 
 
 def pareto(data: RunData) -> Figure:
-    """Perplexity against bytes for every method of a study, with intervals."""
+    """Perplexity against bytes for every method of a study.
+
+    Bars are the interval of the paired change: that of perplexity itself is as wide as the texts differ from each
+    other, whatever the method. Methods at one size stand side by side; the seeds of a random one are averaged.
+    """
     points = [row for row in data.study.get("points", []) if is_number(row.get("bytes"))]
     if not points:
         raise Absent("this folder holds no study (study.json).")
-    figure, [axes] = panels(1, 1, height=4.4)
-    for index, method in enumerate(dict.fromkeys(row["method"] for row in points)):
-        chosen = sorted((row for row in points if row["method"] == method), key=lambda row: row["bytes"])
-        values = [row["perplexity"]["value"] for row in chosen]
-        ends = np.array(
-            [
-                (v - _end(r["perplexity"], "low"), _end(r["perplexity"], "high") - v)
-                for r, v in zip(chosen, values, strict=True)
-            ]
+    figure, [axes] = panels(1, 1, height=4.8)
+    before = points[0]["perplexity"]["value"] / math.exp(points[0]["change"]["value"])
+    methods = list(dict.fromkeys(row["method"] for row in points))
+    sizes = [row["bytes"] / 1e6 for row in points]
+    step = 0.12 * (max(sizes) - min(sizes)) / max(len(methods), 1)
+    for index, method in enumerate(methods):
+        curve = _curve([row for row in points if row["method"] == method])
+        low, value, high = before * np.exp(curve[:, 1:].T)
+        axes.errorbar(
+            curve[:, 0] / 1e6 + (index - len(methods) / 2) * step,
+            value,
+            yerr=[value - low, high - value],
+            fmt=f"{_MARKERS[index // len(PALETTE) % len(_MARKERS)]}-",
+            color=PALETTE[index % len(PALETTE)],
+            linewidth=1,
+            markersize=4,
+            label=method,
         )
-        colour = PALETTE[index % len(PALETTE)]
-        axes.errorbar([row["bytes"] / 1e6 for row in chosen], values, yerr=ends.T, fmt="o-", color=colour, label=method)
-    axes.set(xlabel="model size, MB", ylabel="perplexity")
+    axes.axhline(before, color="black", linewidth=0.8, linestyle="--", label="unquantized")
+    axes.set(xlabel="model size, MB", ylabel="perplexity (bars: 95 % of the paired change)")
     legend_below(axes)
     return figure
+
+
+def _curve(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Bytes and change (low, value, high) of one method at each budget, [budgets, 4]; means over seeds."""
+    budgets: dict[Any, list[tuple[float, ...]]] = {}
+    for row in rows:
+        change = row["change"]
+        found = (row["bytes"], _end(change, "low"), change["value"], _end(change, "high"))
+        budgets.setdefault(row.get("budget_bits"), []).append(found)
+    return np.array(sorted(np.mean(found, axis=0).tolist() for found in budgets.values()))

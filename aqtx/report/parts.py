@@ -69,6 +69,12 @@ PARTS = (
         {
             "gptq_gain": (figures_error.gptq_gain, "Below one: better than round-to-nearest on the calibration text."),
             "map_tokens": (layer_map("tokens", "calibration tokens", cmap="cividis"), "Tokens that each matrix saw."),
+            "map_shrinkage": (layer_map("shrinkage", "pseudo-tokens"), "Pseudo-tokens lent where tokens were few."),
+            "map_error_before": (layer_map("error_before", "relative output error", cmap="magma"), "Round-to-nearest."),
+            "map_error_after": (
+                layer_map("error_after", "relative output error", cmap="magma"),
+                "The same after GPTQ.",
+            ),
             "clusters": (clusters, "Experts that are alike, with the size and the means of each cluster."),
             "map_utilisation": (utilisation, "Load of each expert; 1 is an even share."),
         },
