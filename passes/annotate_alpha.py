@@ -50,7 +50,7 @@ class AnnotateAlpha(Pass):
         changes, broken = Changes(), []
 
         def measure(site: Site) -> tuple[AlphaStats, AlphaStats]:
-            W = program.weights.matrix(site.weight, site.expert).to(context.device)
+            W = program.read(site).to(context.device)
             stats = self.analyze(W)
             return stats, self._analyze(W, "full") if self.raw and self.spectra != "full" else stats
 

@@ -238,7 +238,7 @@ def test_weights_are_not_touched(annotated: Program) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({}, "method calibrated needs average_bits or budget_bytes."),
+        ({}, "method fisher needs average_bits or budget_bytes."),
         ({"average_bits": 5.0, "budget_bytes": 9}, "average_bits and budget_bytes are both given; exactly one is."),
         (
             {"method": "ratio", "average_bits": 5.0},

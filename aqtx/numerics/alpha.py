@@ -68,9 +68,12 @@ def analyze(
 
     `precise` computes singular values in float64 throughout; the default uses float32 Gram matrices where they suffice.
     """
-    if problems := check_options(spectra, threshold, k_fraction):
+    problems = check_options(spectra, threshold, k_fraction)
+    if W.ndim not in (2, 3):
+        problems.append(f"alpha is of a matrix [N, K] or a batch [E, N, K], not of shape {list(W.shape)}.")
+    if problems:
         raise InputError(*problems)
-    stack = W if W.ndim == 3 else W[None]
+    stack = (W if W.ndim == 3 else W[None]).detach()
     ones = [_analyze_one(w, spectra, threshold, k_fraction, precise) for w in stack]
     return AlphaStats(
         alpha=torch.tensor([one.alpha for one in ones], dtype=torch.float64),
@@ -88,7 +91,7 @@ def alpha_hill(W: Tensor, k_fraction: float = 0.1, spectra: str = "full") -> flo
 
 
 def _analyze_one(W: Tensor, spectra: str, threshold: str, k_fraction: float, precise: bool) -> _One:
-    if not bool(torch.isfinite(W).all()):
+    if W.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(W))).all()):  # NaN spreads to both ends
         return _One(float("nan"), 0, 0, "none", "the weights contain NaN or infinity")
     if min(W.shape) < 2:
         return _One(float("nan"), 0, min(W.shape), "none", "fewer than two eigenvalues")

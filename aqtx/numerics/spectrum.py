@@ -56,14 +56,14 @@ def _symmetric_eigenvalues(G: Tensor) -> Tensor:
 
 
 def _gram(W: Tensor) -> Tensor:
-    """The Gram matrix of the smaller side, lower triangle only: halving twice saves 3/8 of the multiplications."""
+    """The Gram matrix of the smaller side; of large ones the lower triangle in eighths, 9/16 of the multiplications."""
     W = W.mT if W.shape[-2] > W.shape[-1] else W
     r = W.shape[-2]
     if W.ndim > 2 or r < LARGE:
         return W @ W.mT
     G = W.new_zeros(r, r)
-    quarter = -(-r // 4)
-    for start in range(0, r, quarter):
-        rows = slice(start, min(start + quarter, r))
+    eighth = -(-r // 8)
+    for start in range(0, r, eighth):
+        rows = slice(start, min(start + eighth, r))
         torch.mm(W[rows], W[: rows.stop].mT, out=G[rows, : rows.stop])
     return G

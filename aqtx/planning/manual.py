@@ -63,7 +63,7 @@ def read_manual(source: str | dict[str, Any] | None, names: Sequence[str]) -> tu
     reader = SchemeReader()
     schemes = {name: _scheme(reader, name, keys) for name, keys in flatten(data, names).items()}
     if reader.problems:
-        raise InputError(*dict.fromkeys(reader.problems))
+        raise InputError(*reader.problems)
     return schemes, reader.warnings()
 
 

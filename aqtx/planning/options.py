@@ -47,7 +47,17 @@ class Division:
 
 
 def divide(program: Program, settings: Settings) -> Division:
-    """Which sites are decided. All patterns that match nothing are named in one error."""
+    """Which sites are decided."""
+    sites, chosen = unique_sites(program), choose(program, settings)
+    kept = {name: f"kept by {by!r}" for name, by in chosen["keep"].items() if name not in chosen["pins"]}
+    rest = [site for name, site in sites.items() if name not in kept]
+    method = settings.base if settings.method == "search" else settings.method
+    degenerate = _degenerate(rest) if method in _ALPHA_METHODS else {}
+    return Division([site for site in rest if site.name not in degenerate], kept, degenerate, chosen)
+
+
+def choose(program: Program, settings: Settings) -> dict[str, dict[str, str]]:
+    """{field: {site: selector}} of the fields that select sites; patterns that match nothing are named in one error."""
     sites = unique_sites(program)
     selectors = {"keep": settings.kept_selectors, "pins": tuple(settings.pins)}
     selectors |= {"min_bits": tuple(settings.min_bits), "max_bits": tuple(settings.max_bits)}
@@ -60,11 +70,7 @@ def divide(program: Program, settings: Settings) -> Division:
             problems.extend(error.problems)
     if problems:
         raise InputError(*problems)
-    kept = {name: f"kept by {by!r}" for name, by in chosen["keep"].items() if name not in chosen["pins"]}
-    rest = [site for name, site in sites.items() if name not in kept]
-    method = settings.base if settings.method == "search" else settings.method
-    degenerate = _degenerate(rest) if method in _ALPHA_METHODS else {}
-    return Division([site for site in rest if site.name not in degenerate], kept, degenerate, chosen)
+    return chosen
 
 
 def _degenerate(sites: list[Site]) -> dict[str, str]:

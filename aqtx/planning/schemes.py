@@ -14,8 +14,17 @@ class SchemeReader:
     """Reads schemes one after the other; collects problems, and counts groups that a format cannot honour."""
 
     def __init__(self) -> None:
-        self.problems: list[str] = []
+        self._refused: dict[str, list[str]] = {}  # what is wrong -> the sites that it holds for
         self._fixed_blocks: set[str] = set()
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each thing that is wrong, however many sites a pattern carries it to."""
+        more = {problem: len(sites) - 1 for problem, sites in self._refused.items()}
+        return [
+            f"plan, {sites[0]}{f' and {more[problem]} more sites' if more[problem] else ''}: {problem}"
+            for problem, sites in self._refused.items()
+        ]
 
     def warnings(self) -> list[str]:
         """One sentence for all group sizes that fell to a fixed block."""
@@ -32,7 +41,8 @@ class SchemeReader:
         try:
             return self._grouped(site, self._variant(word, keys), keys.get("group_size"))
         except InputError as error:
-            self.problems.extend(f"plan, {site}: {problem}" for problem in error.problems)
+            for problem in error.problems:
+                self._refused.setdefault(problem, []).append(site)
             return None
 
     def _variant(self, word: str, keys: dict[str, Any]) -> str:
@@ -41,6 +51,8 @@ class SchemeReader:
         if asked is None or word not in _VARIANTS:
             return word
         if asked not in _VARIANTS[word]:
+            if any(asked in _VARIANTS.get(str(keys.get(other)).lower(), ()) for other in ("wq", "aq")):
+                return word  # it is meant for the other of the two
             raise InputError(f"extra.format {asked!r} is none of {', '.join(_VARIANTS[word])} for {word}")
         return f"{word}_{asked}"
 

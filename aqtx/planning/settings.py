@@ -7,6 +7,7 @@ from typing import Any, Literal
 from aqtx.formats.table import Format, parse
 from aqtx.numerics.hadamard import is_order
 from aqtx.planning.groups import group_problems
+from aqtx.sensitivity.fisher import Detail
 from aqtx.sensitivity.selection import format_problems
 
 Method = Literal[
@@ -32,7 +33,7 @@ BaseMethod = Literal["alpha", "error", "hessian", "pmq", "fisher", "trial", "cal
 DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
 _OWN_SIZE = ("ratio", "threshold", "manual")  # the size follows from the method's own fields
 _BUDGET_OPTIONAL = ("uniform", "front_back", "search")
-_DEFAULT_GAMMA = {"alpha": 2.0, "alphaq": 12.0}
+_DEFAULT_GAMMA = {"alpha": 0.25, "alphaq": 12.0}
 _DEFAULT_CANDIDATES = {
     "ratio": ("mxfp4", "mxfp8", "bf16"),
     "threshold": ("mxfp4", "mxfp8"),
@@ -49,8 +50,9 @@ class Settings:
             These solve for the least cost under the budget, their costs stand in aqtx/sensitivity/costs.py:
             `error` measured error alone, `alpha` weighted by alpha, `alphaq` the published objective with its
             count of nominal bits, `hessian` error weighted by the inputs' strength, `pmq` by routing, `fisher`
-            by gradients, `trial` by rounding each matrix alone, `calibrated` by alpha fitted to this model,
-            `random` a seeded baseline. `search` lowers the bits of `base` as far as a perplexity ceiling allows.
+            (the default) the divergence that gradients predict, `trial` that of rounding each matrix alone,
+            `calibrated` error weighted by alpha fitted to this model, `random` a seeded baseline. `search`
+            lowers the bits of `base` as far as a perplexity ceiling allows.
             These need no costs: `uniform` the largest candidate that fits, `even` two neighbouring formats
             spread evenly, `front_back` one half of the depth above the other, `ratio` shares of the matrices
             in order of alpha, `threshold` one alpha as the border, `manual` what a file says.
@@ -61,11 +63,12 @@ class Settings:
         keep: categories (`attention`, `router`, ...) and patterns of sites that stay as they are. Default:
             attention, router, shared_expert_gate and lm_head; nothing for `manual`, whose file decides.
         activations: `none`, or the format into which each token's inputs of planned sites are rounded.
-        rotate: `auto` measures on calibration text what a Hadamard rotation of each input gains, and decides formats
-            and rotations together; `insert_hadamard: {before: [plan]}` and `fuse_hadamard` then carry it out.
+        rotate: `auto` measures on 4,096 tokens of calibration text what a Hadamard rotation of each input gains, and
+            decides formats and rotations together; `insert_hadamard: {before: [plan]}` and `fuse_hadamard` then carry
+            it out.
         rotation_block: width of the rotation's blocks.
         direction: whether a low alpha earns more bits (the literature's reading) or a high one does.
-        gamma: how strongly alpha weighs: cost s_l = exp(-gamma z_l), default 2; for `alphaq` the exponent, default 12.
+        gamma: how strongly alpha weighs: cost s_l = exp(-gamma z_l), default 0.25; for `alphaq` the exponent, 12.
         normalize: z-scores over `all` planned sites, or within each `category`.
         cost_model: the budget counts bytes that are stored (`storage`) or read per token (`active`): an
             expert counts by the share of tokens that it sees on average.
@@ -79,7 +82,7 @@ class Settings:
         half: of `front_back`: which half gets more bits.
         seed: of `random` and of what is sampled; default the recipe's.
         fisher_sequences: of `fisher`: calibration sequences to take gradients of.
-        fisher_detail: `element` keeps the information of every weight (four bytes each), `matrix` one mean per matrix.
+        fisher_detail: `direction` along each format's error; of the diagonal alone `element`, or its mean `matrix`.
         trial_sequences: of `trial`, and of `calibrated` where it is fitted to trials: sequences to run them on.
         num_trials: of `calibrated`: matrices to try, spread over the roles.
         fit_to: of `calibrated`: what alpha is fitted to, `fisher` of all matrices or `trial` of a sample.
@@ -89,7 +92,7 @@ class Settings:
         plan: of `manual`: a JSON file or its content.
     """
 
-    method: Method = "calibrated"
+    method: Method = "fisher"
     candidates: tuple[str, ...] | None = None
     average_bits: float | None = None
     budget_bytes: int | None = None
@@ -111,8 +114,8 @@ class Settings:
     alpha_threshold: float | None = None
     half: Literal["front", "back"] = "front"
     seed: int | None = None
-    fisher_sequences: int = 32
-    fisher_detail: Literal["element", "matrix"] = "element"
+    fisher_sequences: int = 64
+    fisher_detail: Detail = "direction"
     trial_sequences: int = 4
     num_trials: int = 24
     fit_to: Literal["fisher", "trial"] = "fisher"

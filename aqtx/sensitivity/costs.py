@@ -7,7 +7,7 @@
 | alphaq     | (median(alpha) / alpha_l)^gamma Var(W_l) 2^(-2 b_f), b_f the element's bits      |
 | hessian    | sum_nk h_k (W - Q)_nk^2, h_k the mean square of input channel k                  |
 | pmq        | frequency x summed gate weight x e_lf                                            |
-| fisher     | 1/2 sum F_nk (W - Q)_nk^2, F the Fisher information                              |
+| fisher     | 1/2 D^T F D, D = Q - W, F the Fisher information: the divergence it predicts      |
 | trial      | divergence when l alone is rounded to its smallest format, in proportion to e_lf |
 | calibrated | exp(a + b z_l) e_lf, a and b fitted per role to what was measured                |
 | random     | exp(n_l) e_lf, n_l standard normal                                               |

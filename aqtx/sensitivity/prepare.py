@@ -19,7 +19,8 @@ from aqtx.sensitivity.trial import measure_trials
 def prepare(
     program: Program, wanted: Sequence[Request], settings: Settings, context: Context, seed: int
 ) -> dict[str, Any]:
-    """Annotate; returns what a report should tell of it."""
+    """Annotate; returns what a report should tell of it, the seconds that it took among them."""
+    started = time.perf_counter()
     measure(program, context.progress(wanted, description="measured error"))
     if settings.method in ("hessian", "pmq"):
         measure_inputs(program, wanted, context)
@@ -27,9 +28,8 @@ def prepare(
         _fisher(program, wanted, settings, context)
     if settings.method == "trial":
         _trial(program, wanted, settings, context)
-    if settings.method == "calibrated":
-        return _calibrate(program, wanted, settings, context, seed)
-    return {}
+    details = _calibrate(program, wanted, settings, context, seed) if settings.method == "calibrated" else {}
+    return {**details, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def _fisher(program: Program, wanted: Sequence[Request], settings: Settings, context: Context) -> None:
@@ -38,7 +38,7 @@ def _fisher(program: Program, wanted: Sequence[Request], settings: Settings, con
         wanted,
         context,
         num_sequences=settings.fisher_sequences,
-        per_matrix=settings.fisher_detail == "matrix",
+        detail=settings.fisher_detail,
     )
 
 
@@ -50,8 +50,7 @@ def _trial(program: Program, wanted: Sequence[Request], settings: Settings, cont
 def _calibrate(
     program: Program, wanted: Sequence[Request], settings: Settings, context: Context, seed: int
 ) -> dict[str, Any]:
-    """Measure, fit alpha to it, annotate; the details tell the fit and its cost in seconds."""
-    started = time.perf_counter()
+    """Measure, fit alpha to it, annotate; the details tell the fit."""
     sites = [site for site, _ in wanted]
     if settings.fit_to == "fisher":
         smallest = [(site, formats[:1]) for site, formats in wanted]
@@ -64,8 +63,7 @@ def _calibrate(
     scores = alpha_variants(program, sites)
     found = fit(scores, torch.tensor(targets, dtype=torch.float64), [site.category for site in sites])
     annotate_fit(found, scores[found.variant], sites)
-    seconds = round(time.perf_counter() - started, 2)
-    return {"calibrated": {**found.to_json(), "fit_to": settings.fit_to, "seconds": seconds}}
+    return {"calibrated": {**found.to_json(), "fit_to": settings.fit_to}}
 
 
 def _target(site: Site, key: str) -> float:

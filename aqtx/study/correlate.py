@@ -30,9 +30,9 @@ class Truth:
 
 
 def measure_truth(program: Program, settings: Settings, context: Context, seconds: float) -> Truth:
-    """Try sites in a seeded order, roles in turn, until the time is up."""
+    """Try sites in a seeded order, roles in turn, on the last calibration sequences, until the time is up."""
     sites, fmt = divide(program, settings).planned, settings.formats[0]
-    trials = Trials.prepare(program, context.calibration()[: settings.trial_sequences])
+    trials = Trials.prepare(program, context.calibration()[-settings.trial_sequences :])
     found = Truth([], [], fmt)
     stop = time.perf_counter() + seconds
     for site in context.progress(_in_turns(sites, context.seed), description="trials"):

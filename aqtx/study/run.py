@@ -40,7 +40,8 @@ class Study:
     program: Program
     context: Context
     documents: list[Document]
-    details: dict[str, Any] = field(default_factory=dict)
+    calibrated: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # that each arm took to measure what arms before it had not
 
     def run(self) -> dict[str, Any]:
         """Score all arms, measure the truth on a sample of sites, and write study.json, study.md and the page."""
@@ -52,7 +53,12 @@ class Study:
         truth: Truth = measure_truth(self.program, settings, self.context, self.spec.trial_seconds)
         data = study_json(before, points, self.recipe.seed)
         data["correlations"] = correlations(self.program, truth, arms)
-        data |= {"trials": len(truth.sites), "calibrated": self.details, "settings": self.recipe.resolved()}
+        data |= {
+            "trials": len(truth.sites),
+            "calibrated": self.calibrated,
+            "seconds": self.seconds,
+            "settings": self.recipe.resolved(),
+        }
         (self.directory / "study.json").write_text(json.dumps(data, indent=1) + "\n")
         (self.directory / "study.md").write_text(study_markdown(data))
         return data
@@ -67,7 +73,9 @@ class Study:
 
     def _point(self, model: RoundedModel, arm: Arm) -> Point:
         plan, details = self._plan(arm)
-        self.details |= details.get("calibrated", {})
+        self.calibrated |= details.get("calibrated", {})
+        if "seconds" in details:
+            self.seconds[arm.name] = max(details["seconds"], self.seconds.get(arm.name, 0.0))
         formats = {name: entry.format for name, entry in plan.sites.items()}
         return Point(arm.name, arm.bits, arm.seed, self._bytes(plan), plan, self._scores(model, formats, arm.file_name))
 

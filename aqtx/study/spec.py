@@ -11,18 +11,23 @@ from aqtx.planning.settings import Settings
 ARMS: dict[str, dict[str, Any]] = {
     "alpha": {"method": "alpha"},
     "alpha_reversed": {"method": "alpha", "direction": "high_alpha_high_bits"},
+    "alpha_strong": {"method": "alpha", "gamma": 2.0},
+    "alpha_strong_reversed": {"method": "alpha", "gamma": 2.0, "direction": "high_alpha_high_bits"},
     "alpha_role": {"method": "alpha", "normalize": "category"},
     "alphaq": {"method": "alphaq"},
     "error": {"method": "error"},
     "hessian": {"method": "hessian"},
     "pmq": {"method": "pmq"},
-    "fisher": {"method": "fisher"},
+    "fisher": {"method": "fisher", "fisher_detail": "direction"},
+    "fisher_diagonal": {"method": "fisher", "fisher_detail": "element"},
+    "fisher_matrix": {"method": "fisher", "fisher_detail": "matrix"},
     "trial": {"method": "trial"},
     "calibrated": {"method": "calibrated"},
     "uniform": {"method": "even"},  # two neighbouring formats, spread evenly, so that the bytes are equal
     "random": {"method": "random"},
 }
-DEFAULT_ARMS = tuple(name for name in ARMS if name != "trial")  # a trial of every matrix takes long
+# a trial of every matrix takes long
+DEFAULT_ARMS = tuple(name for name in ARMS if name not in ("trial", "fisher_matrix"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,8 @@ class Arm:
 
 def arm_of(base: Settings) -> str:
     """The arm that the recipe's own settings amount to; alpha where there is none."""
-    own = {"method": base.method, "direction": base.direction, "normalize": base.normalize}
+    keys = {key for fields in ARMS.values() for key in fields}
+    own = {key: getattr(base, key) for key in keys}
     fitting = [name for name, fields in ARMS.items() if fields.items() <= own.items()]
     return max(fitting, key=lambda name: len(ARMS[name]), default="alpha")
 

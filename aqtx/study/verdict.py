@@ -108,7 +108,10 @@ def study_markdown(data: dict[str, Any]) -> str:
         )
     lines += ["", *(f"- {sentence}" for sentence in data["summary"]), ""]
     if data.get("calibrated"):
-        lines += [f"{data['calibrated']['sentence']} ({data['calibrated']['seconds']} s)", ""]
+        lines += [data["calibrated"]["sentence"], ""]
+    told = ", ".join(f"{name} {value:.1f}" for name, value in data.get("seconds", {}).items() if value >= 0.1)
+    if told:
+        lines += [f"Seconds to measure what the arms before had not: {told}.", ""]
     lines += [
         f"Rank correlation with the divergence measured on {data['trials']} matrices, one at a time:",
         "",
