@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from aqtx.checkpoint import disk_tensors, matrix_tensors
+from aqtx.formats import parse
 from aqtx.program import Program, Site
 from aqtx.registry import Refusal
 
@@ -12,8 +12,22 @@ QUANTIZED, KEPT, REFUSED = "quantized", "kept", "refused"
 
 
 def stored_bytes(program: Program) -> int:
-    """Bytes of all tensors that a checkpoint of the program stores."""
-    return sum(tensor.nbytes for _, tensor in disk_tensors(program, {}))
+    """Bytes of all tensors that a checkpoint of the program stores; no weight is read."""
+    sites, specs, tied = program.sites_by_weight(), program.weights.specs, program.tied()
+    return sum(
+        sum(site_bytes(program, site) for site in sites[name]) if name in sites else spec.numel * spec.dtype.itemsize
+        for name, spec in specs.items()
+        if name not in tied
+    )
+
+
+def site_bytes(program: Program, site: Site) -> int:
+    """Bytes that a checkpoint stores for one matrix: by its codes' format, or in the dtype of its parameter."""
+    loaded = program.config.get("quantization_config", {}).get("formats", {})
+    name = program.codes.format_of(site.name) or loaded.get(site.name)
+    if name is None:
+        return site.numel * program.weights.specs[site.weight].dtype.itemsize
+    return parse(name).num_bytes(site.shape)
 
 
 def original_bytes(program: Program) -> int:
@@ -77,8 +91,7 @@ def _fate(program: Program, site: Site, refused: set[str]) -> str:
 
 
 def _bits(program: Program, planned: list[Site]) -> float | None:
-    """Stored bits per weight over the planned sites, read off the tensors that are stored."""
+    """Stored bits per weight over the planned sites."""
     if not planned:
         return None
-    size = sum(tensor.nbytes for site in planned for _, tensor in matrix_tensors(site.name, program.stored(site), {}))
-    return size * 8 / sum(site.numel for site in planned)
+    return sum(site_bytes(program, site) for site in planned) * 8 / sum(site.numel for site in planned)

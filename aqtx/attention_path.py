@@ -6,24 +6,23 @@ x -> v_proj -> heads -> attention -> heads joined -> rotation -> o_proj
 from torch import fx
 
 from aqtx.program import LINEAR
-from aqtx.rowwise import Unproven, aten, described, is_rowwise, read_only_by, rotation_block, width
+from aqtx.rowwise import Unproven, aten, described, is_rowwise, read_only_by, width
 
 ATTENTION = aten.scaled_dot_product_attention.default
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 _MOVES = (aten.transpose.int, aten.contiguous.default, aten.clone.default, aten.expand.default, aten.unsqueeze.default)
 
 
-def value_writer(rotation: fx.Node) -> fx.Node:
-    """The linear of the values that attention mixes and hands to a rotation: v, for a rotation before o.
+def value_writer(reader: fx.Node, block: int) -> fx.Node:
+    """The linear of the values that attention mixes and hands to a reader: v, for o or a rotation before it.
 
-    The rotation's blocks must lie within heads, and all heads are rotated alike, also where several
+    Blocks of a rotation must lie within heads, and all heads are rotated alike, also where several
     query heads share one head of values.
 
     Raises:
-        Unproven: the rotation's input is not attention's output, or the way to v is not proven.
+        Unproven: the reader's input is not attention's output, or the way to v is not proven.
     """
-    block = rotation_block(rotation)
-    mixed = _back_to(rotation, 0, (ATTENTION,), block)
+    mixed = _back_to(reader, 0, (ATTENTION,), block)
     head = width(mixed)
     if head is None or head % block:
         raise Unproven(f"a block of {block} does not lie within a head of {head}")

@@ -16,7 +16,7 @@ from torch import fx
 from aqtx.categories import layer_of
 
 Values = dict[fx.Node, Any]
-Visit = Callable[[fx.Node, tuple[Any, ...]], None]
+Visit = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ def evaluate(
     device: torch.device,
     visit: Visit | None = None,
 ) -> Values:
-    """Run `nodes` in order on `values` and return the values of `keep`; `visit` sees each node's arguments first.
+    """Run `nodes` in order on `values` and return the values of `keep`.
 
+    `visit` sees each node's arguments first, and may return others in their place.
     `values` is used up: what no later node reads is dropped on the way.
     """
     readers: dict[fx.Node, int] = {}
@@ -102,14 +103,18 @@ def evaluate(
         for source in node.all_input_nodes:
             readers[source] = readers.get(source, 0) + 1
     kept = {node: values[node] for node in keep if node in values}
+
+    def given(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return values[argument]
+        return device if isinstance(argument, torch.device) else argument  # the graph was traced on meta
+
     for node in nodes:
-        arguments = fx.node.map_arg(node.args, values.__getitem__)
-        keywords = {
-            key: device if isinstance(value, torch.device) else fx.node.map_arg(value, values.__getitem__)
-            for key, value in node.kwargs.items()
-        }
+        arguments = fx.node.map_aggregate(node.args, given)
+        keywords = fx.node.map_aggregate(node.kwargs, given)
         if visit is not None:
-            visit(node, arguments)
+            replaced = visit(node, arguments)
+            arguments = arguments if replaced is None else replaced
         value = node.target(*arguments, **keywords)  # type: ignore[operator]
         del arguments, keywords
         if readers.get(node):

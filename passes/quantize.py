@@ -21,11 +21,11 @@ class Quantize(Pass):
         return [site for site in program.sites() if site.get("format") not in (None, "bf16")]
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
-        """One matrix at a time, so that memory holds one and the codes."""
+        """One matrix at a time, so that memory holds one and the codes; a changed weight is rounded from float32."""
         check_planned(program)
         for site in context.progress(sites, description="quantize"):
             try:
-                program.codes[site.name] = quantize(program.read(site).to(program.dtype), site.get("format"))
+                program.codes[site.name] = quantize(program.read(site), site.get("format")).to(program.dtype)
             except InputError as error:
                 raise InputError(*(f"{site.name}: {problem}" for problem in error.problems)) from error
         return Changes(changed=[site.name for site in sites])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import aqtx
+from aqtx.formats import quantize
 from aqtx.pipeline import Run
 from aqtx.program import Program
 from aqtx.registry import Context, build
@@ -157,3 +158,22 @@ def test_rotation_stands_before_the_quantization_of_activations():
     quantized = node.args[0]
     assert quantized.target is torch.ops.aqtx.quantize_activation.default
     assert quantized.args[0].target is OP and quantized.args[0].args[0].target is torch.ops.aten.mul.Tensor
+
+
+@pytest.mark.parametrize("rounding", ["quantize", "gptq"])
+def test_rotated_weights_are_not_rounded_to_bfloat16_before_they_are_quantized(rounding):
+    """int8 in groups of 32 is about as fine as bfloat16: rounding twice moves codes, and scales, which GPTQ leaves."""
+    program, moved = tiny(), 0
+    plan = ("assign_plan", {"method": "uniform", "candidates": ["int8_g32"], "keep": ["router", "lm_head"]})
+    ids = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(2))
+    run = Run(program, Context(seed=3, quiet=True, load_calibration=lambda: ids))
+    run.execute([build(name, fields, name)[0] for name, fields in (*FUSED, plan, (rounding, {}))])
+    for site in program.sites():
+        if site.name in program.codes:
+            precise, found = program.read(site), program.codes[site.name]
+            once, twice = (quantize(W, "int8_g32") for W in (precise, precise.bfloat16()))
+            assert found.dtype is torch.bfloat16
+            assert torch.equal(found.scale, once.scale), site.name
+            assert rounding == "gptq" or torch.equal(found.codes(), once.codes()), site.name
+            moved += int((once.scale != twice.scale).sum())
+    assert moved > 100

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 import aqtx
+from aqtx.changes import Scale
 from aqtx.errors import InputError
+from aqtx.formats import parse
 from aqtx.numerics.allocate import allocate
 from aqtx.pipeline import Run
-from aqtx.planning.rotate import Rotations
+from aqtx.planning.rotate import Rotations, clearly_less
 from aqtx.program import Program
 from aqtx.registry import Context, build
 from aqtx.rotation_op import OP
+from aqtx.sensitivity.rotation import annotation, measure_rotations
+from aqtx.sensitivity.rounded_run import Rounding, sequence_losses
 from benchmarks.outliers import plant
 from tests.test_rotation import tiny
 
@@ -56,6 +60,57 @@ def test_readers_of_one_input_share_the_choice_and_so_do_experts():
         if site.get("format"):
             chosen.setdefault(site.node.args[0].args[0], set()).add(program.plan.sites[site.name].rotation)
     assert {len(blocks) for blocks in chosen.values()} == {1}
+
+
+def gains(program: Program, categories: tuple[str, ...], activation: str = "none") -> dict[str, list[float]]:
+    sites = [site for site in program.sites() if site.category in categories]
+    context = Context(quiet=True, load_calibration=lambda: IDS)
+    measure_rotations(
+        program, [(site, [parse("int4_g32")]) for site in sites], context, block=32, activation=activation
+    )
+    return {site.name: site.get(annotation(32, activation))["int4_g32"] for site in sites}
+
+
+def test_scales_that_a_later_weight_undoes_do_not_weigh():
+    """The error is that of the block: outputs of up that are 64 times as large and are made small again count alike."""
+    program, scaled = tiny(**WIDE), tiny(**WIDE)
+    factors = torch.ones(128, dtype=torch.float64)
+    factors[::40] = 64.0
+    scaled.weights.change("model.layers.0.mlp.experts.up_proj", Scale(factors, outputs=True))
+    scaled.weights.change("model.layers.0.mlp.experts.down_proj", Scale(1 / factors))
+    assert gains(program, ("mlp_gate", "mlp_up")) == gains(scaled, ("mlp_gate", "mlp_up"))
+
+
+@pytest.mark.parametrize("own", [{}, {"model_type": "llama", "num_key_value_heads": 2}])
+def test_a_run_with_rotations_and_without_rounding_is_the_same_function(own):
+    """Those before o are fused into v, heads shared by several queries included; all others run."""
+    program = tiny(dtype=torch.float32, **WIDE, **own)
+    context = Context(quiet=True, load_calibration=lambda: IDS)
+    rounding = Rounding(program, 16, 0, "none")
+    turned = {site.node for site in program.sites() if site.category != "router"}
+    assert sum(rounding.writer(node) is not None for node in turned) == 1
+    plain, rotated = (sequence_losses(rounding, [], nodes, context) for nodes in (set(), turned))
+    assert torch.allclose(plain, rotated, rtol=1e-5)
+
+
+def test_another_choice_needs_a_gain_beyond_twice_its_standard_error():
+    losses = torch.tensor([3.0, 4.0, 5.0, 6.0])
+    noise = torch.tensor([0.1, -0.1, 0.1, -0.1])
+    assert clearly_less(losses - 0.2 + noise, losses)
+    assert not clearly_less(losses - 0.05 + noise, losses)
+    assert not clearly_less(losses[:1] - 1, losses[:1])
+
+
+def test_a_rotation_that_spreads_outliers_is_measured_to_help_and_an_inputs_readers_share_the_figure():
+    plain, planted = tiny(**WIDE), tiny(**WIDE)
+    plant(planted, factor=8.0, share=0.03)
+    ratios = []
+    for program in (plain, planted):
+        [(before, after)] = {
+            tuple(error) for error in gains(program, ("attn_q", "attn_k", "attn_v"), "int4_g32").values()
+        }
+        ratios.append(after / before)
+    assert ratios[1] < 0.8 < 0.9 < ratios[0] < 1.1  # random weights without outliers gain nothing
 
 
 def test_plan_with_rotations_survives_json():

@@ -13,7 +13,7 @@ from aqtx.numerics.allocate import Allocation, allocate
 from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.manual import Scheme, read_manual
 from aqtx.planning.options import Division, Options, build_options, divide, limit
-from aqtx.planning.rotate import measured
+from aqtx.planning.rotate import confirmed, measured
 from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
 from aqtx.planning.tiers import TIERS, honour_limits
@@ -56,6 +56,8 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
     elif settings.rotate == "auto":
         rotations = measured(program, _requests(options), settings, context)
         found, rotated = rotations.solve(cost, options.size, lambda joint: _allocate(joint, options, settings, budget))
+        rotated = confirmed(program, rotations, (found.choice, rotated), settings, context)
+        found = rotations.priced_at(found, cost, rotated)
         plan = _plan(program, division, options, settings, (found.choice, cost, found))
         return Decision(rotations.note(plan, rotated), {**details, "rotation": rotations.details(rotated)})
     else:
@@ -72,7 +74,7 @@ def _rotated(
         return decision
     wanted = [(site, [options.formats[i]]) for site, i in zip(options.sites, choice.tolist(), strict=True)]
     rotations = measured(program, wanted, settings, context)
-    rotated = rotations.choose(choice)
+    rotated = confirmed(program, rotations, (choice, rotations.choose(choice)), settings, context)
     details = {**decision.details, "rotation": rotations.details(rotated)}
     return Decision(rotations.note(decision.plan, rotated), details)
 

@@ -44,8 +44,8 @@ def measure(program: Program, wanted: Iterable[Request]) -> None:
 
 
 def matrix(program: Program, site: Site) -> Tensor:
-    """A site's weights as they will be rounded."""
-    return program.read(site).to(program.device, program.dtype)
+    """A site's weights as they will be rounded: [N, K], float32, all changes made."""
+    return program.read(site).to(program.device)
 
 
 def weighted_errors(program: Program, site: Site, formats: Sequence[Format], importance: Tensor) -> dict[str, float]:
