@@ -10,18 +10,19 @@ _ROLES = (  # first match wins
     ("lm_head", r"(^|\.)(lm_head|embed_out)$"),
     ("shared_expert_gate", r"\.shared_expert_gate$"),
     ("shared_expert", r"\.shared_experts?\."),
-    ("router", r"\.(mlp|block_sparse_moe|feed_forward)\.(gate|router)$"),
+    ("router", r"\.(mlp|block_sparse_moe|feed_forward|ffn)\.(gate|router)(\.layer)?$"),
     ("attn_q", r"\.q_proj$"),
     ("attn_k", r"\.k_proj$"),
     ("attn_v", r"\.v_proj$"),
-    ("attn_o", r"\.(self_attn|attention|attn)\.(o_proj|dense|out_proj)$"),
+    ("attn_o", r"\.(self_attn|self_attention|attention|attn)\.(o_proj|dense|out_proj)$"),
+    ("attn_other", r"\.(self_attn|self_attention|attention|attn|linear_attn)\."),  # fused or low-rank q, k and v
     ("mlp_gate", r"\.(gate_proj|w1)$"),
     ("mlp_up", r"\.(up_proj|w3)$"),
     ("mlp_down", r"\.(down_proj|w2)$"),
 )
 CATEGORIES = (*(role for role, _ in _ROLES), "other")
 GROUPS = {
-    "attention": ("attn_q", "attn_k", "attn_v", "attn_o"),
+    "attention": ("attn_q", "attn_k", "attn_v", "attn_o", "attn_other"),
     "router": ("router",),
     "shared_expert_gate": ("shared_expert_gate",),
     "lm_head": ("lm_head",),
@@ -58,7 +59,11 @@ def select(names: Iterable[str], selectors: Iterable[str], where: str) -> dict[s
             roles = GROUPS.get(selector, (selector,))
             hits = [name for name in names if category_of(name) in roles]
         else:
-            pattern = matcher(selector)
+            try:
+                pattern = matcher(selector)
+            except InputError as error:
+                problems += [f"{where}: {problem}" for problem in error.problems]
+                continue
             hits = [name for name in names if pattern.search(name)]
             if not hits:
                 hint = nearest(selector, [*GROUPS, *CATEGORIES]) or f"; the first site is {names[0]!r}" if names else ""

@@ -37,6 +37,8 @@ def save(program: Program, directory: str | Path) -> Path:
     The folder appears under its name only when it is complete.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise InputError(f"{directory} is a file; name a folder")
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"{directory}: the folder is not empty; name another one")
     staging = directory.with_name(directory.name + ".partial")

@@ -1,7 +1,7 @@
 """Bad input, told in sentences: one exception that carries every problem found."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
@@ -10,6 +10,15 @@ class InputError(ValueError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+
+def problems_of(attempt: Callable[[], object]) -> list[str]:
+    """What an attempt has to say against its input; nothing where it succeeds."""
+    try:
+        attempt()
+    except InputError as error:
+        return error.problems
+    return []
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

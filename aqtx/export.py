@@ -17,6 +17,7 @@ from aqtx.errors import InputError
 from aqtx.models import supported
 from aqtx.numerics.hadamard import hadamard
 from aqtx.program import Program, Site
+from aqtx.shards import make_folder
 
 FORMS = ("dequantized",)
 
@@ -37,9 +38,9 @@ def dequantized(source: str | Path, directory: str | Path, *, dtype: torch.dtype
         InputError: the folder is not empty.
     """
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
+    make_folder(directory)
+    if any(directory.iterdir()):
         raise InputError(f"{directory}: the folder is not empty; name another one")
-    directory.mkdir(parents=True, exist_ok=True)
     program = open_program(source, None)
     config = {key: value for key, value in program.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ def source_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the checkpoint's config, weights and tokenizer."""
     files = sorted(file for pattern in ("*.json", "*.safetensors", "*.model") for file in folder.glob(pattern))
     return {file.name: sha256(file) for file in files}
+
+
+def text_hashes(source: str) -> dict[str, str]:
+    """SHA-256 of the files of a text source, by path; nothing for one that is known by its name."""
+    root = Path(source)
+    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+    return {str(file): sha256(file) for file in files if file.is_file()}
+
+
+def ids_hash(documents: Iterable[torch.Tensor]) -> str:
+    """One digest over the token ids of documents."""
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(ids.numpy().tobytes() + b"|")
+    return digest.hexdigest()
 
 
 def code_hash() -> str:

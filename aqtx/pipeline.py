@@ -46,7 +46,14 @@ class Run:
     first_place: int = 0  # place in the recipe of the first pass to run, for error messages
 
     def execute(self, passes: Iterable[Pass], after_pass: Callable[["Run"], None] | None = None) -> Program:
-        """Run the passes in order."""
+        """Run the passes in order.
+
+        Raises:
+            InputError: with all that can be said against any of them beforehand, or what one of them found.
+        """
+        passes = list(passes)
+        if problems := misfits(self.program, passes, self.first_place):
+            raise InputError(*problems)
         for place, step in enumerate(passes, self.first_place):
             self._require(step, place)
             self.rows.append(self._run_pass(step, place))
@@ -89,6 +96,15 @@ class Run:
                 f"(rounding in float64 explains {difference.tolerance:.2e}) and {difference.rerouted} tokens "
                 "changed experts"
             )
+
+
+def misfits(program: Program, passes: Iterable[Pass], first_place: int = 0) -> list[str]:
+    """What can be said against passes before the first of them runs, with their places."""
+    return [
+        f"passes.{place}.{step.name}: {problem}"
+        for place, step in enumerate(passes, first_place)
+        for problem in step.validate() or step.misfits(program)
+    ]
 
 
 def run(program: Program, passes: Iterable[Pass], *, calibration: Tensor | None = None, seed: int = 0) -> Program:

@@ -19,6 +19,7 @@ from aqtx.program import Program
 from aqtx.recipe import Recipe
 from aqtx.registry import Pass
 from aqtx.runner import program_of, recipe_context
+from aqtx.shards import make_folder
 
 _PLANNING = ("annotate_alpha", "annotate_error", "annotate_hessian", "annotate_fisher", "annotate_trial", "assign_plan")
 _GAUSSIAN_ROWS = 128
@@ -50,7 +51,7 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
     assert program.plan is not None
     output = Path(recipe.output or "out/plan")
     directory = output.with_name(output.name + ".plan")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     (directory / "plan.json").write_text(json.dumps(program.plan.to_json(), indent=1) + "\n")
     write_alpha_csv(program, directory / "alpha.csv")
     return Planned(program, program.plan, directory)

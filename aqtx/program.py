@@ -87,6 +87,12 @@ class Program:
         """An empty store of codes in the program's dtype."""
         self.codes = CodeStore(self.dtype)
 
+    def __repr__(self) -> str:
+        """Its kind, size and state; the graphs would fill pages."""
+        state = ", ".join(self.history) or "untouched"
+        name = self.config.get("model_type", "module")
+        return f"Program({name}, {len(self.sites())} sites, {str(self.dtype).removeprefix('torch.')}, {state})"
+
     def sites(self) -> list[Site]:
         """All sites in graph order, experts ascending."""
         return [site for node in self.graph.nodes for site in sites_of(node, self.weights)]

@@ -74,19 +74,22 @@ class Recipe:
         return document | {"passes": [{step.name: plain(step)} if fields(step) else step.name for step in self.passes]}
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file or by its shipped name, with `key.path=value` overrides.
+def load_recipe(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe from a YAML file or by its shipped name, with overrides: `key.path=value` words or a mapping.
 
     Raises:
         InputError: with one sentence for every problem of the recipe and its overrides.
     """
     path = find_recipe(source)
-    document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}") from None
     if not isinstance(document, dict):
         raise InputError(
             f"{path}: a recipe is a mapping with the keys {', '.join(item.name for item in fields(Recipe))}"
         )
-    return parse_recipe(document, parse_overrides(overrides))
+    return parse_recipe(document, overrides if isinstance(overrides, Mapping) else parse_overrides(overrides))
 
 
 def parse_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -96,8 +99,6 @@ def parse_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     passes, found = _parse_passes(values.pop("passes", None))
     recipe, others = parse_fields(Recipe, {key: _empty_section(key, value) for key, value in values.items()}, "")
     problems += others + found
-    if recipe is not None:
-        problems += recipe.calibration.problems()
     if problems or recipe is None:
         raise InputError(*problems)
     return replace(recipe, passes=tuple(passes))

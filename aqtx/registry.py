@@ -80,6 +80,10 @@ class Pass:
         """Problems of the pass's own field values, as sentences; no program is needed."""
         return []
 
+    def misfits(self, program: "Program") -> list[str]:
+        """What does not fit the model, as sentences: asked of all passes before the first one runs; reads no weight."""
+        return []
+
     def find(self, program: "Program") -> list["Site"]:
         """The sites that the pass is about."""
         return program.sites()

@@ -7,7 +7,7 @@ from typing import Any
 
 from aqtx.errors import InputError
 from aqtx.fingerprint import first_difference
-from aqtx.shards import sha256
+from aqtx.shards import make_folder, sha256
 
 _FINGERPRINT = "fingerprint.json"
 CHECKSUMS = "checksums.json"
@@ -30,7 +30,8 @@ class RunDirectory:
     def _refuse(self, resume: bool, overwrite: bool) -> None:
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file; name a folder")
-        if self.output.exists() and any(self.output.iterdir()) and not (overwrite or resume):
+        occupied = self.output.exists() and any(self.output.iterdir())
+        if occupied and not overwrite and not (resume and (self.output / CHECKSUMS).exists()):
             raise InputError(
                 f"output {self.output} holds files already; pass --overwrite to replace it or choose another output"
             )
@@ -42,8 +43,8 @@ class RunDirectory:
 
     @property
     def complete(self) -> bool:
-        """A finished run stands under the output name."""
-        return (self.output / CHECKSUMS).exists()
+        """A finished run stands under the output name, and none that is to replace it was begun."""
+        return (self.output / CHECKSUMS).exists() and not self.staging.exists()
 
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Open the staging folder, or check that an unfinished run was started from the same things."""
@@ -53,7 +54,7 @@ class RunDirectory:
             if difference:
                 raise InputError(f"cannot resume {self.staging}: {difference}; start again with --overwrite")
             return
-        self.work.mkdir(parents=True, exist_ok=True)
+        make_folder(self.work)
         file.write_text(json.dumps(fingerprint, indent=1))
 
     def finish(self) -> None:

@@ -19,9 +19,10 @@ from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.recipe_tasks import score_tasks, tasks_report
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
-from aqtx.fingerprint import code_hash, source_hashes, versions
+from aqtx.fingerprint import code_hash, first_difference, ids_hash, source_hashes, text_hashes, versions
 from aqtx.memory import peak_bytes
 from aqtx.pipeline import Run
+from aqtx.preflight import preflight
 from aqtx.program import Program
 from aqtx.ranks import current
 from aqtx.recipe import Recipe, load_recipe, parse_recipe
@@ -55,9 +56,8 @@ def apply(recipe: str | Path | dict[str, Any], **overrides: Any) -> Report:
     """
     flags = {name: bool(overrides.pop(name, False)) for name in ("resume", "overwrite")}
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    if isinstance(recipe, dict):
-        return apply_recipe(parse_recipe(recipe, dotted), **flags)
-    return apply_recipe(load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in dotted.items()]), **flags)
+    read = parse_recipe(recipe, dotted) if isinstance(recipe, dict) else load_recipe(recipe, dotted)
+    return apply_recipe(read, **flags)
 
 
 def apply_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Report:
@@ -69,10 +69,18 @@ def apply_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
     ranks.gather(None)  # rank 0 may clear the folder that the others look into
     if not ranks.leads:
-        directory = RunDirectory(Path(recipe.output), resume=True)
+        directory = RunDirectory(Path(recipe.output), resume=True, overwrite=overwrite)
     if resume and directory.complete:
-        return Report(directory.output, json.loads((directory.output / "report.json").read_text()))
+        return _finished(recipe, directory)
     return _Runner(recipe, directory, quiet).run()
+
+
+def _finished(recipe: Recipe, directory: RunDirectory) -> Report:
+    """The report of a run that is complete, if it is of this recipe."""
+    data = json.loads((directory.output / "report.json").read_text())
+    if difference := first_difference(data["settings"], recipe.resolved()):
+        raise InputError(f"output {directory.output} holds a finished run of another recipe: {difference}")
+    return Report(directory.output, data)
 
 
 class _Runner:
@@ -83,6 +91,8 @@ class _Runner:
         self.directory = directory
         self.started = time.perf_counter()
         self.program = program_of(recipe)
+        if problems := preflight(recipe, self.program):
+            raise InputError(*problems)
         self.ranks = current()
         work = self.ranks.own_folder(directory.work)
         self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not self.ranks.leads)
@@ -132,7 +142,8 @@ class _Runner:
         return {
             "recipe": self.recipe.resolved(),
             "source": source_hashes(folder) if folder is not None else {},
-            "evaluation tokens": sum(len(document.ids) for document in documents or []),
+            "calibration text": text_hashes(self.recipe.calibration.source),
+            "evaluation text": ids_hash(document.ids for document in documents or []),
             "code": code_hash(),
             "versions": versions(),
         }

@@ -8,6 +8,7 @@ integer into a number and a YAML list into a tuple: `seed: "7"` is an error, not
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -93,6 +94,8 @@ def _read(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
 def _read_scalar(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is str and isinstance(value, os.PathLike):  # from Python; YAML has none
+        value = os.fspath(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{where}: expected a finite number, got {value}")
     elif type(value) is not kind:  # exact: true is not the integer 1

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqtx.errors import InputError
+
 MAX_SHARD_BYTES = 2_000_000_000
 _HEADER_ALIGNMENT = 8
 _DTYPES = {
@@ -98,6 +100,14 @@ class _Shard:
                     shutil.copyfileobj(data, stream, 1 << 20)
                 self._scratch(size).unlink()
         return file
+
+
+def make_folder(folder: Path) -> None:
+    """A folder that a user named, with those above it; InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
 def sha256(file: Path) -> str:

@@ -39,16 +39,16 @@ class CalibrationSpec:
     num_sequences: int = 64
     sequence_length: int = 256
 
-    def problems(self) -> list[str]:
-        """What is wrong with the numbers, in sentences."""
-        return [
-            f"calibration.{name} is {value}, but must be at least {low}"
-            for name, value, low in (
-                ("num_sequences", self.num_sequences, 1),
-                ("sequence_length", self.sequence_length, 2),
-            )
-            if value < low
+    def __post_init__(self) -> None:
+        """Refuse numbers that no text can be cut by."""
+        least = {"num_sequences": 1, "sequence_length": 2}
+        low = [
+            f"{name} is {getattr(self, name)}, but must be at least {value}"
+            for name, value in least.items()
+            if getattr(self, name) < value
         ]
+        if low:
+            raise InputError(*low)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,6 @@ def calibration(
     progress: Callable[[Iterator[int]], Iterator[int]] = iter,
 ) -> torch.Tensor:
     """Calibration sequences, int64 [num_sequences, sequence_length]; the same ones for the same seed."""
-    if problems := spec.problems():
-        raise InputError(*problems)
     streams = [
         _Chunks(passages, tokenizer, spec.sequence_length, np.random.default_rng([seed, index]))
         for index, passages in enumerate(_by_domain(read_passages(spec.source, "calibration")).values())

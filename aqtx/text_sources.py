@@ -76,20 +76,23 @@ DATASETS = {
 
 def read_passages(source: str, part: str) -> list[Passage]:
     """All passages of a source. `part` is "calibration" or "evaluation": which half or split is read."""
+    check_source(source)
     name, _, local = source.partition(":")
-    if name == "builtin" and not local:
-        return _builtin(part)
     if name in DATASETS:
         return list(_from_hub(name, Path(local) if local else None, part))
     path = Path(source)
-    if path.is_dir():
-        return _from_folder(path)
-    if path.is_file():
-        return list(_from_file(path, "text"))
+    if source == "builtin":
+        return _builtin(part)
+    return _from_folder(path) if path.is_dir() else list(_from_file(path, "text"))
+
+
+def check_source(source: str) -> None:
+    """InputError unless a source is the name of something, or there."""
     known = ["builtin", *DATASETS]
-    raise InputError(
-        f"text source {source!r} is neither a file, a folder nor one of {', '.join(known)}{nearest(source, known)}"
-    )
+    if source not in known and source.partition(":")[0] not in DATASETS and not Path(source).exists():
+        raise InputError(
+            f"text source {source!r} is neither a file, a folder nor one of {', '.join(known)}{nearest(source, known)}"
+        )
 
 
 def _builtin(part: str) -> list[Passage]:

@@ -31,6 +31,7 @@ from aqtx.text import CalibrationSpec, calibration, evaluation, load_tokenizer
 
 def measure(fmt: str, training: FinetuneRouter, num_sequences: int, *, held_out_only: bool) -> dict[str, Any]:
     """Scores of the three stages, and what the pass itself saw on its held-out sequences."""
+    torch.compiler.reset()  # each arm compiles its own graph, and a process may hold few
     program = aqtx.trace("tinymoe")
     assert program.folder is not None
     tokenizer = load_tokenizer(program.folder)

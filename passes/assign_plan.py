@@ -4,12 +4,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from aqtx.errors import problems_of
 from aqtx.plan import Plan
 from aqtx.planning.decide import decide
-from aqtx.planning.options import DEGENERATE
+from aqtx.planning.manual import read_manual
+from aqtx.planning.options import DEGENERATE, choose
 from aqtx.planning.settings import Settings
 from aqtx.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
+from aqtx.sensitivity.selection import unique_sites
 
 
 @register("assign_plan")
@@ -28,6 +31,16 @@ class AssignPlan(Settings, Pass):
     def validate(self) -> list[str]:
         """Problems of the fields."""
         return self.problems()
+
+    def misfits(self, program: Program) -> list[str]:
+        """Selectors without a match, a manual plan that does not fit, codes in the place of weights."""
+        problems = problems_of(lambda: choose(program, self))
+        if coded := program.config.get("quantization_config", {}).get("formats"):
+            first, fmt = next(iter(coded.items()))
+            problems.append(f"{len(coded)} sites are quantized already, first {first} ({fmt}): give the original model")
+        if self.method == "manual":
+            problems += problems_of(lambda: read_manual(self.plan, list(unique_sites(program))))
+        return problems
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Plan, then annotate all sites."""

@@ -123,3 +123,18 @@ def test_reports_exports_and_evaluations_of_nothing(tmp_path, capsys):
     ):
         status, problems = errors(capsys, *words)
         assert (status, len(problems)) == (2, 1), words
+
+
+def test_places_that_cannot_be_written_and_counts_below_one(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for words in (
+        ("apply", "quickstart", f"output={file / 'run'}"),
+        ("eval", "tinymoe", "--max-tokens", "300", "--to", str(file)),
+        ("export", "tinymoe", "--to", "dequantized", "--output", str(file)),
+        ("eval", "tinymoe", "--window", "0"),
+        ("eval", "tinymoe", "--batch-size", "0"),
+    ):
+        status, problems = errors(capsys, *words)
+        assert (status, len(problems)) == (2, 1), words
+    assert file.read_text() == "mine"

@@ -12,6 +12,8 @@ from torch import nn
 import aqtx
 from aqtx.errors import InputError
 from aqtx.formats import quantize
+from aqtx.passes.assign_plan import AssignPlan
+from aqtx.passes.gptq import Gptq
 
 MOE = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 DEEPSEEK_V3 = {
@@ -137,3 +139,13 @@ def test_a_type_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError, match="'gemmma' is known neither to aqtx nor to transformers"):
         aqtx.trace(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gemma3_text", "granitemoe"])
+def test_gptq_walks_the_blocks_of_a_foreign_model(model_type):
+    """transformers' graphs carry the device of the trace in positional arguments, ours do not."""
+    plan = AssignPlan(method="uniform", candidates=("int4",))
+    program = aqtx.run(aqtx.trace(foreign(model_type)), [plan, Gptq()], calibration=token_ids(4, 32))
+    planned = [site.name for site in program.sites() if site.get("format") == "int4"]
+    assert planned
+    assert [name for name in planned if name not in program.codes] == []

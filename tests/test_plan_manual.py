@@ -161,3 +161,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, words in (("none.json", "No such file"), ("broken.json", "is not JSON")):
         with pytest.raises(InputError, match=words):
             read_manual(str(tmp_path / name), NAMES)
+
+
+def test_an_element_is_taken_by_the_format_that_has_it() -> None:
+    data = {"default": {"wq": "mxfp6", "aq": "mxfp8", "extra": {"format": "e3m2"}}}
+    scheme = read_manual(data, NAMES)[0]["lm_head"]
+    assert (scheme.format, scheme.activation) == ("mxfp6_e3m2", "mxfp8_e4m3")
+
+
+def test_what_is_wrong_for_many_sites_is_told_once() -> None:
+    with pytest.raises(InputError) as raised:
+        read_manual({"default": {"wq": "mxfp6", "extra": {"format": "e9m9"}}}, NAMES)
+    [problem] = raised.value.problems
+    assert problem.startswith(f"plan, {NAMES[0]} and {len(NAMES) - 1} more sites: extra.format 'e9m9'")

@@ -59,6 +59,7 @@ def test_every_problem_of_a_recipe_is_told_at_once():
         "version: expected 1, got 2",
         "model.source: this key is required",
         "model.dtype: expected one of auto, bfloat16, float16, float32, got 'bf16', did you mean 'bfloat16'?",
+        "calibration: num_sequences is 0, but must be at least 1",
         "evaluate: batch_size: must be at least 1, got 0",
         "report: expected true or false, got 'yes please'",
         "passes.0: unknown pass 'annotat_alpha', did you mean 'annotate_alpha'?; `aqtx ls passes` lists them",

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from aqtx.errors import InputError
-from aqtx.fingerprint import first_difference
+from aqtx.fingerprint import first_difference, ids_hash, text_hashes
 from aqtx.rundir import CHECKSUMS, RunDirectory
 from aqtx.shards import sha256
 
@@ -71,3 +72,29 @@ def test_resume_names_the_first_difference(tmp_path):
 def test_first_difference_of_equal_things_is_none():
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
     assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b was None and is now 2"
+
+
+def test_resume_never_replaces_files_that_no_run_wrote(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds files already"):
+        RunDirectory(output, resume=True)
+
+
+def test_resume_goes_on_with_what_was_to_replace_a_finished_run(tmp_path):
+    output = tmp_path / "run"
+    finished(output)
+    assert RunDirectory(output, resume=True).complete
+    RunDirectory(output, overwrite=True).begin({"recipe": 2})  # and is killed here
+    assert not RunDirectory(output, resume=True).complete
+
+
+def test_the_fingerprint_sees_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = text_hashes(str(tmp_path))
+    (tmp_path / "a.txt").write_text("two")
+    assert "a.txt" in (first_difference(before, text_hashes(str(tmp_path))) or "")
+    assert text_hashes(str(tmp_path / "a.txt")) != {}
+    assert text_hashes("builtin") == {}
+    assert ids_hash([torch.tensor([1, 2])]) != ids_hash([torch.tensor([1]), torch.tensor([2])])

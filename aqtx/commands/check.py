@@ -1,4 +1,4 @@
-"""`aqtx check`: is this recipe right? Every problem at once, nothing is run."""
+"""`aqtx check`: is this recipe right, and right for its model? Every problem at once, nothing is run."""
 
 import argparse
 
@@ -6,10 +6,16 @@ from aqtx.commands import Command, add_recipe
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load the recipe; an InputError carries what is wrong with it."""
+    """Load the recipe, then hold it against its model; an InputError carries what is wrong."""
+    from aqtx.errors import InputError
     from aqtx.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from aqtx.preflight import preflight
+    from aqtx.runner import program_of
+
+    if problems := preflight(recipe, program_of(recipe)):
+        raise InputError(*problems)
     steps = " -> ".join(step.name for step in recipe.passes)
     print(f"{arguments.recipe}: all right. {recipe.model.source}: {steps or 'no passes'}")
     return 0
@@ -17,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="check",
-    summary="check a recipe and report all its problems at once; runs nothing",
+    summary="check a recipe, and whether it fits its model, and report all problems at once; runs nothing",
     example="aqtx check quickstart passes.1.assign_plan.average_bits=4.5",
     add_arguments=add_recipe,
     run=run,

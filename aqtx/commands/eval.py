@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from aqtx.devices import device_of
     from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
     from aqtx.registry import Context
+    from aqtx.shards import make_folder
 
     settings = EvalSettings(
         perplexity=None if arguments.perplexity == "none" else arguments.perplexity,
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     device = device_of(arguments.device)
     arms = {name: program.to(device) for name, program in open_arms(arguments.models, arguments.plan).items()}
+    if arguments.to is not None:
+        make_folder(arguments.to)  # what cannot be written is known before anything is measured
     results = evaluate_arms(arms, settings, progress=Context().progress)
     print(result_table(results))
     if arguments.to is not None:

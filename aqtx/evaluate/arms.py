@@ -31,6 +31,13 @@ class EvalSettings:
     num_fewshot: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse counts below one."""
+        counts = {name: getattr(self, name) for name in ("max_tokens", "window", "batch_size", "limit")}
+        low = [f"{name} must be at least 1, got {n}" for name, n in counts.items() if n is not None and n < 1]
+        if low:
+            raise InputError(*low)
+
 
 @dataclass
 class EvalResults:

@@ -5,6 +5,7 @@ better solver could still gain. Constraints become part of the problem: sites of
 adding up their rows, a pinned or limited site loses the other options.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from aqtx.errors import InputError
 from aqtx.numerics.core_search import refine
 from aqtx.numerics.knapsack import Problem, Solution, prove, relax, smallest
 
+Table = Tensor | np.ndarray | Sequence[Sequence[float]]
 EXACT_PAIRS = 1000  # (site, format) pairs up to which the optimum is proven unasked
 TARGET_GAP = 1e-3
 
@@ -33,24 +35,26 @@ class Allocation:
 
 
 def allocate(
-    cost: Tensor,
-    size: Tensor,
+    cost: Table,
+    size: Table,
     budget: float,
     *,
     exact: bool | None = None,
     groups: Sequence[int] | None = None,
-    allowed: Tensor | None = None,
+    allowed: Table | None = None,
 ) -> Allocation:
     """One format per site of least total `cost` with total `size` <= `budget`.
 
-    `cost`, `size`: [num_sites, num_formats]; an infinite cost forbids the option, as False in `allowed` does.
-    `groups` gives each site a group number: sites of one group get one format. `exact` proves the
-    optimum (gap 0); the default does so up to 1,000 pairs and otherwise stops at a gap of 1e-3.
+    `cost`, `size`: [num_sites, num_formats], tensors, arrays or lists of numbers; an infinite cost forbids the
+    option, as False in `allowed` does. `groups` gives each site a group number: sites of one group get one format.
+    `exact` proves the optimum (gap 0); the default does so up to 1,000 pairs and otherwise stops at a gap of 1e-3.
     """
-    site_cost, sizes = cost.double().cpu().numpy(), size.double().cpu().numpy()
+    site_cost, sizes = _table(cost, "cost"), _table(size, "size")
+    if sizes.shape != site_cost.shape:
+        raise InputError(f"cost has shape {site_cost.shape}, size {sizes.shape}.")
     if allowed is not None:
-        site_cost = np.where(allowed.cpu().numpy(), site_cost, np.inf)
-    group = np.arange(len(site_cost)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+        site_cost = np.where(_table(allowed, "allowed") != 0, site_cost, np.inf)
+    group = _group_numbers(groups, len(site_cost))
     problem = Problem(_sum_rows(site_cost, group), _sum_rows(sizes, group), float(budget))
     _check(problem, sizes, group)
     if len(site_cost) == 0:
@@ -67,9 +71,8 @@ def least_size(size: Tensor, allowed: Tensor, groups: Sequence[int] | None = Non
     """The total of the smallest allowed formats: no budget below it can be met."""
     if len(size) == 0:
         return 0.0
-    sizes = np.where(allowed.cpu().numpy(), size.double().cpu().numpy(), np.inf)
-    group = np.arange(len(sizes)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    return float(_sum_rows(sizes, group).min(axis=1).sum())
+    sizes = np.where(_table(allowed, "allowed") != 0, _table(size, "size"), np.inf)
+    return float(_sum_rows(sizes, _group_numbers(groups, len(sizes))).min(axis=1).sum())
 
 
 def _solve(problem: Problem, exact: bool) -> Solution:
@@ -81,6 +84,23 @@ def _solve(problem: Problem, exact: bool) -> Solution:
     return found if found.complete or found.gap() <= target else prove(problem, found)
 
 
+def _table(values: Table, name: str) -> np.ndarray:
+    """Numbers [num_sites, num_formats] in float64."""
+    table = torch.as_tensor(values).detach().double().cpu().numpy()
+    if table.ndim != 2:
+        raise InputError(f"{name} must be [num_sites, num_formats], not of shape {table.shape}.")
+    return table
+
+
+def _group_numbers(groups: Sequence[int] | None, num_sites: int) -> np.ndarray:
+    """Groups [num_sites] counted from 0; without any, each site is its own."""
+    if groups is None:
+        return np.arange(num_sites)
+    if len(groups) != num_sites:
+        raise InputError(f"groups must give each of {num_sites} sites a number, there are {len(groups)}.")
+    return np.unique(np.asarray(groups), return_inverse=True)[1]
+
+
 def _sum_rows(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Rows of one group added up."""
     total = np.zeros((int(group.max()) + 1 if len(group) else 0, values.shape[1]))
@@ -89,8 +109,6 @@ def _sum_rows(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _check(problem: Problem, sizes: np.ndarray, group: np.ndarray) -> None:
-    if problem.cost.shape != problem.size.shape:
-        raise InputError(f"cost has shape {problem.cost.shape}, size {problem.size.shape}.")
     if np.isnan(problem.cost).any() or np.isneginf(problem.cost).any():
         raise InputError(f"site {_first(np.isnan(problem.cost).any(axis=1), group)}: its cost is not a number.")
     if not np.isfinite(sizes).all() or (sizes < 0).any():
@@ -98,6 +116,8 @@ def _check(problem: Problem, sizes: np.ndarray, group: np.ndarray) -> None:
     without = ~np.isfinite(problem.cost).any(axis=1)
     if without.any():
         raise InputError(f"site {_first(without, group)}: its constraints, or its group's, allow no format.")
+    if math.isnan(problem.budget):
+        raise InputError("the budget is not a number.")
     least = problem.size_of(smallest(problem)) if len(problem.cost) else 0.0
     if problem.budget < least:
         raise InputError(

@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from aqtx.errors import InputError
+
 ONE_GEMM = 128  # widest block that one dense matrix serves better than a pair
 
 
@@ -28,16 +30,18 @@ def hadamard(x: Tensor, block: int | None = 32, *, seed: int | None = None, inve
         inverse: apply the transpose, which undoes the rotation.
 
     Raises:
-        ValueError: the block does not divide K, or no Hadamard matrix of that order is known here.
+        InputError: the block does not divide K, or no Hadamard matrix of that order is known here.
     """
-    return rotate(x, factors(block or x.shape[-1], seed), inverse=inverse)
+    if x.dim() == 0 or not x.dtype.is_floating_point:
+        raise InputError(f"cannot rotate a {x.dtype} tensor of shape {list(x.shape)}: it takes floats [.., K]")
+    return rotate(x, factors(x.shape[-1] if block is None else block, seed), inverse=inverse)
 
 
 def rotate(x: Tensor, signs: tuple[Tensor, ...], *, inverse: bool = False) -> Tensor:
     """`x` [..., K] times the block-diagonal matrix of the Kronecker product of `signs` (±1), made orthonormal."""
     block = math.prod(factor.shape[0] for factor in signs)
     if x.shape[-1] % block:
-        raise ValueError(f"a block of {block} does not divide a width of {x.shape[-1]}")
+        raise InputError(f"a block of {block} does not divide a width of {x.shape[-1]}")
     parts = [(factor.T if inverse else factor).to(x.device, x.dtype) for factor in signs]
     y = (x * block**-0.5).unflatten(-1, (-1, *(factor.shape[0] for factor in signs)))
     y = y @ parts[-1]
@@ -54,10 +58,10 @@ def factors(block: int, seed: int | None = None) -> tuple[Tensor, ...]:
     With a seed each matrix has its rows multiplied by random signs.
 
     Raises:
-        ValueError: no matrix of this order is known here.
+        InputError: no matrix of this order is known here.
     """
     if not is_order(block):
-        raise ValueError(f"no Hadamard matrix of order {block} is known here")
+        raise InputError(f"no Hadamard matrix of order {block} is known here")
     sizes = (block,) if block <= ONE_GEMM else best_pair(block) or (block,)
     generator = torch.Generator().manual_seed(seed or 0)
     matrices = []
@@ -79,7 +83,7 @@ def is_order(n: int) -> bool:
     """Whether `matrix(n)` is known."""
     if n in (1, 2) or _paley_one(n) or _paley_two(n):
         return True
-    return n % 4 == 0 and _split(n) is not None
+    return n > 0 and n % 4 == 0 and _split(n) is not None
 
 
 @cache
@@ -87,7 +91,7 @@ def matrix(n: int) -> Tensor:
     """A Hadamard matrix of order `n`: entries ±1, float64, rows orthogonal; symmetric where n is a power of 2.
 
     Raises:
-        ValueError: no matrix of this order is known here.
+        InputError: no matrix of this order is known here.
     """
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
@@ -100,7 +104,7 @@ def matrix(n: int) -> Tensor:
         return paley_one(n - 1)
     if _paley_two(n):
         return paley_two(n // 2 - 1)
-    raise ValueError(f"no Hadamard matrix of order {n} is known here")
+    raise InputError(f"no Hadamard matrix of order {n} is known here")
 
 
 def paley_one(p: int) -> Tensor:

@@ -115,7 +115,8 @@ def relax(problem: Problem) -> Solution:
 
 def lower_bound(problem: Problem, price: float) -> float:
     """Z at a price per byte."""
-    return math.fsum((problem.cost + price * problem.size).min(axis=1)) - price * problem.budget
+    spent = price * problem.budget if price else 0.0  # a budget without end has the price 0
+    return math.fsum((problem.cost + price * problem.size).min(axis=1)) - spent
 
 
 def _take_what_fits(choice: Ints, steps: _Steps, split: int, left: float) -> float:
