@@ -25,8 +25,8 @@ class FinetuneRouter(Pass):
 
     x -> router{trainable} -> top-k -> experts(codes) -> logits, loss against the text or the unquantized model
 
-    A share of the calibration sequences is held out; the routers of its best step are kept, which is step 0 where
-    training does not help. All other tensors are compared by hash before and after.
+    The last share of the calibration sequences is held out; the routers of its best step are kept where they are
+    better than the untrained ones beyond twice the standard error. All other tensors are compared by hash.
 
     Fields:
         cross_entropy, logits, router: weights of the three losses (see `aqtx.finetune.losses`).
@@ -75,7 +75,7 @@ class FinetuneRouter(Pass):
         """Train, keep the best step, and prove that nothing else changed."""
         if not sites:
             raise InputError("no router is unfrozen: this model has none, or `unfreeze_router` refused them all")
-        training, validation = self._split(context.calibration().to(context.device), context.seed)
+        training, validation = self._split(context.calibration().to(context.device))
         frozen = Frozen.of(program, except_for=[site.weight for site in sites])
         student, teacher = routed(program, rounded=True), routed(program, rounded=False)
         num_chosen = int(program.config["num_experts_per_tok"])
@@ -104,15 +104,14 @@ class FinetuneRouter(Pass):
         names = Schedule.__dataclass_fields__
         return Schedule(**{name: getattr(self, name) for name in names})
 
-    def _split(self, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Training and held-out sequences, drawn by the seed."""
+    def _split(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Training sequences and the last ones, held out: they come from other passages than those before them."""
         num_held = round(self.validation_fraction * len(ids))
         if not 0 < num_held < len(ids):
             raise InputError(
                 f"{len(ids)} calibration sequences cannot be split for validation_fraction {self.validation_fraction}"
             )
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-        return ids[order[num_held:]], ids[order[:num_held]]
+        return ids[:-num_held], ids[-num_held:]
 
     def _layers(self, program: Program, reference: Routing, before: Routing, after: Routing) -> dict[str, Any]:
         shifts = zip(before.shift_from(reference), after.shift_from(reference), strict=True)

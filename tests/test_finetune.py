@@ -37,7 +37,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    return torch.randint(0, 12, (20, 24), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 12, (40, 24), generator=torch.Generator().manual_seed(0))
 
 
 def rounded(model: torch.nn.Module, activation: str | None = None) -> Program:
@@ -110,7 +110,7 @@ def test_equal_seeds_give_equal_routers(model, ids, trained):
 
 @pytest.mark.parametrize("weights", [{"cross_entropy": 1.0, "logits": 0.0}, {"logits": 0.0, "router": 1.0}])
 def test_each_loss_trains_alone(model, ids, weights):
-    curve = finetune(rounded(model), ids, **weights, epochs=2).details["curve"]
+    curve = finetune(rounded(model), ids, **weights, epochs=6).details["curve"]
     assert min(row["validation"] for row in curve[1:]) < curve[0]["validation"]
 
 

@@ -9,10 +9,11 @@ import torch
 import aqtx
 from aqtx.changes import Scale
 from aqtx.errors import InputError
+from aqtx.evaluate.statistics import clearly_less
 from aqtx.formats import parse
 from aqtx.numerics.allocate import allocate
 from aqtx.pipeline import Run
-from aqtx.planning.rotate import Rotations, clearly_less
+from aqtx.planning.rotate import Rotations
 from aqtx.program import Program
 from aqtx.registry import Context, build
 from aqtx.rotation_op import OP

@@ -4,10 +4,12 @@ A document is the unit that is drawn, since tokens of one document are not indep
 vector of D counts, so 10,000 resamples are one [10000, D] matrix times the sums, done in slices.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores
@@ -107,3 +109,9 @@ def _entry(before: DocumentScores | None, after: DocumentScores, *, seed: int) -
         "window": after.window,
         "context": after.context,
     }
+
+
+def clearly_less(losses: Tensor, than: Tensor) -> bool:
+    """Whether paired losses of sequences [n] are lower in the mean, beyond twice the standard error."""
+    gain = than - losses
+    return len(gain) > 1 and float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain))

@@ -1,4 +1,4 @@
-"""The training loop: AdamW over the routers, warm-up, clipping, best held-out step kept, early stop."""
+"""The training loop: AdamW over the routers, warm-up, clipping, early stop; the best step kept if clearly better."""
 
 import copy
 import math
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqtx.evaluate.statistics import clearly_less
 from aqtx.finetune.losses import LossWeights
 from aqtx.finetune.routed import Routed
 
@@ -63,10 +64,9 @@ class Trainer:
         return self.loss(self.student(ids, weights), expected, ids)
 
     @torch.no_grad()
-    def held_out(self, weights: dict[str, Tensor], ids: Tensor) -> float:
-        """Mean objective over sequences."""
-        parts = [self.objective(weights, batch) for batch in ids.split(self.schedule.batch_size)]
-        return float(torch.cat(parts).mean())
+    def held_out(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+        """The objective of each sequence."""
+        return torch.cat([self.objective(weights, batch) for batch in ids.split(self.schedule.batch_size)])
 
     def train(
         self,
@@ -77,7 +77,10 @@ class Trainer:
         seed: int,
         progress: Callable[..., Iterable[int]],
     ) -> Trained:
-        """Train from `start` (float32, by weight name) on sequences [n, S]; step 0 counts as a candidate."""
+        """Train from `start` (float32, by weight name) on sequences [n, S].
+
+        The best step is kept if it is better than step 0 beyond twice the standard error, else step 0.
+        """
         weights = {name: value.clone().requires_grad_() for name, value in start.items()}
         batches = list(_batches(len(training), self.schedule, seed))
         optimizer = torch.optim.AdamW(
@@ -85,8 +88,9 @@ class Trainer:
         )
         shape = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(len(batches), self.schedule))
         every = max(1, len(batches) // self.schedule.checks)
-        best = _Best(start, self.held_out(weights, validation))
-        curve: list[dict[str, Any]] = [{"step": 0, "training": None, "validation": best.value}]
+        untrained = _Best(start, self.held_out(weights, validation))
+        best = copy.copy(untrained)
+        curve: list[dict[str, Any]] = [{"step": 0, "training": None, "validation": best.mean}]
         losses: list[float] = []
         for step in progress(range(1, len(batches) + 1), description="finetune_router"):
             began = time.perf_counter()
@@ -95,14 +99,15 @@ class Trainer:
             if step == 2:  # the first step pays for allocations
                 self._maybe_compile(time.perf_counter() - began, len(batches) - step)
             if step % every == 0 or step == len(batches):
-                value = self.held_out(weights, validation)
-                curve.append({"step": step, "training": sum(losses) / len(losses), "validation": value})
+                found = self.held_out(weights, validation)
+                curve.append({"step": step, "training": sum(losses) / len(losses), "validation": float(found.mean())})
                 losses.clear()
-                best.offer(weights, value, step)
+                best.offer(weights, found, step)
                 if best.misses >= self.schedule.patience:
                     break
+        kept = best if clearly_less(best.losses, untrained.losses) else untrained
         early = int(curve[-1]["step"]) < len(batches)
-        return Trained(best.weights, curve, best.step, int(curve[-1]["step"]), early, self.compiled)
+        return Trained(kept.weights, curve, kept.step, int(curve[-1]["step"]), early, self.compiled)
 
     def _step(self, weights: dict[str, Tensor], ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -118,15 +123,20 @@ class Trainer:
 
 
 class _Best:
-    """The weights of the lowest held-out loss."""
+    """The weights of the lowest mean held-out loss."""
 
-    def __init__(self, weights: dict[str, Tensor], value: float) -> None:
-        self.weights, self.value, self.step, self.misses = weights, value, 0, 0
+    def __init__(self, weights: dict[str, Tensor], losses: Tensor) -> None:
+        self.weights, self.losses, self.step, self.misses = weights, losses, 0, 0
 
-    def offer(self, weights: dict[str, Tensor], value: float, step: int) -> None:
-        if value < self.value:
+    @property
+    def mean(self) -> float:
+        """Over sequences."""
+        return float(self.losses.mean())
+
+    def offer(self, weights: dict[str, Tensor], losses: Tensor, step: int) -> None:
+        if float(losses.mean()) < self.mean:
             self.weights = {name: copy.deepcopy(weight.detach()) for name, weight in weights.items()}
-            self.value, self.step, self.misses = value, step, 0
+            self.losses, self.step, self.misses = losses, step, 0
         else:
             self.misses += 1
 

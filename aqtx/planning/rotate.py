@@ -11,13 +11,13 @@ calibration text with the rotations chosen, with none and with all, and another 
 where the loss is lower beyond twice its standard error.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from aqtx.evaluate.statistics import clearly_less
 from aqtx.numerics.allocate import Allocation
 from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.settings import Settings
@@ -141,12 +141,6 @@ def confirmed(
         if best is None or clearly_less(losses, best[1]):
             best = turned, losses
     return rotated if best is None else best[0]
-
-
-def clearly_less(losses: Tensor, than: Tensor) -> bool:
-    """Whether paired losses of sequences [n] are lower in the mean, beyond twice the standard error."""
-    gain = than - losses
-    return len(gain) > 1 and float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain))
 
 
 def measured(program: Program, wanted: Sequence[Request], settings: Settings, context: Context) -> Rotations:
