@@ -40,15 +40,17 @@ class Setting:
         return self.error(Q.dequantize()) / self.nearest
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0, 1.5])
-def test_never_more_than_two_percent_worse_than_nearest(p: float) -> None:
-    setting = Setting(p)
+def test_never_more_than_two_percent_worse_than_nearest(p: float, seed: int) -> None:
+    setting = Setting(p, seed)
     ratios = {count: setting.ratio(count) for count in COUNTS}
     assert {count: round(ratio, 3) for count, ratio in ratios.items() if ratio > 1.02} == {}
 
 
-def test_starved_experts_gain_most() -> None:
-    setting = Setting(1.0)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_starved_experts_gain_most(seed: int) -> None:
+    setting = Setting(1.0, seed)
     for count in (128, 256):
         plain, shrunk = setting.ratio(count, shrunk=False), setting.ratio(count)
         assert 0.85 < plain < 1.1  # so the setting is the known one
