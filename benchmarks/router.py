@@ -29,13 +29,13 @@ from aqtx.registry import Context
 from aqtx.text import CalibrationSpec, calibration, evaluation, load_tokenizer
 
 
-def measure(fmt: str, training: FinetuneRouter, num_sequences: int, *, held_out_only: bool) -> dict[str, Any]:
+def measure(fmt: str, training: FinetuneRouter, text: CalibrationSpec, *, held_out_only: bool) -> dict[str, Any]:
     """Scores of the three stages, and what the pass itself saw on its held-out sequences."""
     torch.compiler.reset()  # each arm compiles its own graph, and a process may hold few
     program = aqtx.trace("tinymoe")
     assert program.folder is not None
     tokenizer = load_tokenizer(program.folder)
-    ids = calibration(CalibrationSpec(num_sequences=num_sequences, sequence_length=256), tokenizer)
+    ids = calibration(text, tokenizer)
     documents = evaluation("builtin", tokenizer)
     run = Run(program, Context(load_calibration=lambda: ids))
     stages = {
@@ -75,23 +75,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=["int2", "int3", "mxfp4"])
     parser.add_argument("--num-sequences", type=int, default=512)
+    parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=NUMBER", help="fields of finetune_router")
     parser.add_argument("--held-out-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     changed = {key: json.loads(value) for key, value in (pair.split("=") for pair in arguments.set)}
+    text = CalibrationSpec(num_sequences=arguments.num_sequences, sequence_length=arguments.sequence_length)
     training = replace(FinetuneRouter(), **changed)
     if arguments.held_out_only:
         for fmt in arguments.formats:
-            print(fmt, json.dumps(measure(fmt, training, arguments.num_sequences, held_out_only=True)), flush=True)
+            print(fmt, json.dumps(measure(fmt, training, text, held_out_only=True)), flush=True)
         return
     file = arguments.out / "router.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for fmt in arguments.formats:
         if fmt not in found:
-            found[fmt] = measure(fmt, training, arguments.num_sequences, held_out_only=False)
+            found[fmt] = measure(fmt, training, text, held_out_only=False)
             file.write_text(json.dumps(found))
     print_table(found)
 
