@@ -1,9 +1,9 @@
 """GPTQ of one mixture-of-experts layer: aqtx against llm-compressor and GPTQModel, and how it scales.
 
-    python -m venv /tmp/llmc && /tmp/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    python -m venv /tmp/gptqmodel && /tmp/gptqmodel/bin/pip install torch==2.13.0 <requirements but torch>
-    /tmp/gptqmodel/bin/pip install --no-deps --no-build-isolation gptqmodel==7.7.0   # asks for torch 2.14, runs on 2.13
-    python -m benchmarks.gptq compare --llmcompressor /tmp/llmc/bin/python --gptqmodel /tmp/gptqmodel/bin/python
+    python -m venv venvs/llmc && venvs/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
+    python -m venv venvs/gptqmodel && venvs/gptqmodel/bin/pip install torch==2.13.0 <requirements but torch>
+    venvs/gptqmodel/bin/pip install --no-deps --no-build-isolation gptqmodel==7.7.0   # asks for torch 2.14, runs on 2.13
+    python -m benchmarks.gptq compare --llmcompressor venvs/llmc/bin/python --gptqmodel venvs/gptqmodel/bin/python
     python -m benchmarks.gptq scale --figure gptq_scaling.png
 
 One thread everywhere, CPU seconds of the process (wall seconds mean little on a shared machine), the same
