@@ -2,7 +2,7 @@
 
     python -m venv venvs/llmc && venvs/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
     python -m venv venvs/gptqmodel && venvs/gptqmodel/bin/pip install torch==2.13.0 <requirements but torch>
-    venvs/gptqmodel/bin/pip install --no-deps --no-build-isolation gptqmodel==7.7.0   # asks for torch 2.14, runs on 2.13
+    venvs/gptqmodel/bin/pip install --no-deps --no-build-isolation gptqmodel==7.7.0  # asks for 2.14, runs on 2.13
     python -m benchmarks.gptq compare --llmcompressor venvs/llmc/bin/python --gptqmodel venvs/gptqmodel/bin/python
     python -m benchmarks.gptq scale --figure gptq_scaling.png
 
