@@ -20,8 +20,8 @@ row "plain, 2 amax / 15" is ours on their scale. Measured on two cores of an AMD
     the same, mxfp4                         1.32  1.087  1.56  .609   4.16  1.025               has none
     4 experts 2048 x 1024, 1024, int4       2.00  1.063  2.36  .657   5.49   .940              10.49   .953
 
-So "full" is 2.3 to
-2.7 times as fast as llm-compressor and 4.4 to 5.9 times as fast as GPTQModel, at two thirds of their error.
+So "full" is 2.3 to 2.7 times as fast as llm-compressor and 4.4 to 5.9 times as fast as GPTQModel, at two thirds of
+their error.
 """
 
 import argparse
