@@ -11,7 +11,7 @@ from torch import Tensor
 from aqtx.formats.grouped import group_bounds
 from aqtx.ranks import current
 
-PANEL = 256  # rows of H computed at once; the part below the diagonal is mirrored at the end
+PANEL = 128  # rows of H computed at once; the part below the diagonal is mirrored at the end
 
 
 @dataclass

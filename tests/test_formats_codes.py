@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from aqtx.formats import parse
-from aqtx.formats.codec import snap
 from aqtx.formats.rounding import code_to_value, round_value, value_to_code
 from aqtx.formats.scales import decode_e8m0
 from tests.formats.cases import DTYPES, INTS, MX, ORACLE, boundary_values, every_finite, oracle_round, oracle_values
@@ -93,9 +92,3 @@ def test_e8m0_decodes_as_ml_dtypes_says() -> None:
     expected = stored.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     expected[0] = 2.0**-127  # a subnormal, which the cast keeps
     assert same_bits(decode_e8m0(torch.from_numpy(stored)), torch.from_numpy(expected)).all()
-
-
-def test_snap_broadcasts_a_column_over_experts() -> None:
-    scale = torch.tensor([[1.0], [2.0]])
-    column = torch.tensor([[0.8, 5.2, -7.0], [1.1, 100.0, -0.1]])
-    assert snap(column, parse("mxfp4"), scale).tolist() == [[1, 6, -6], [1, 12, -0.0]]

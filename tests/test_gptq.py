@@ -6,8 +6,9 @@ import torch
 from aqtx.errors import InputError
 from aqtx.formats import kernel, names, parse, quantize
 from aqtx.numerics.cholesky import factor
+from aqtx.numerics.columns import columns_first
 from aqtx.numerics.gptq import Options, gptq, solve
-from aqtx.numerics.rows import better_rows, bound_basis, row_errors
+from aqtx.numerics.rows import Differences, better_rows, bound_basis, row_errors
 
 EXTRA = [
     "int4_asym",
@@ -169,11 +170,14 @@ def test_bounds_decide_as_the_errors_do() -> None:
     """Whether a row's error is proven to be the smaller one, or evaluated, the choice is the same."""
     D, nearest, H = 0.7 * weights(3, 40, 256), weights(3, 40, 256, seed=5), moment(90, 256, 3)
     exact = row_errors(D, H) < row_errors(nearest, H)
-    basis, tight = bound_basis(H), row_errors(D, H)
-    below = (nearest @ basis.transpose(-1, -2)).square().sum(-1)
+    order = torch.stack([torch.randperm(256, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    basis, errors = bound_basis(H, order), row_errors(D, H)
+    columns = [columns_first(x, order) for x in (D, nearest)]
+    below = (basis @ columns[1]).square().sum(1)
     assert (below <= row_errors(nearest, H)).all() and below.sum() > 0.3 * row_errors(nearest, H).sum()
-    for bound in (None, tight, tight + torch.inf):
-        assert torch.equal(better_rows(D, nearest, H, basis=basis, bound=bound), exact)
+    ours, theirs = (Differences(x, order) for x in columns)
+    for bound, tight in ((None, False), (errors, False), (1.01 * errors, True), (errors + torch.inf, False)):
+        assert torch.equal(better_rows(ours, theirs, H, basis=basis, bound=bound, tight=tight), exact)
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])

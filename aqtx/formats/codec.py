@@ -27,8 +27,8 @@ from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
 
 __all__ = [
-    "Scales", "check_finite", "choose_scales", "decode_scale", "encode", "fake_quantize", "nearest_values",
-    "quantize", "snap",
+    "Scales", "all_finite", "check_finite", "choose_scales", "decode_scale", "encode", "fake_quantize",
+    "nearest_codes", "nearest_values", "packed", "quantize",
 ]  # fmt: skip
 
 CHUNK_ELEMENTS = 1 << 17  # a float32 piece of this size and its temporaries stay in a core's L2 cache
@@ -90,39 +90,49 @@ def choose_scales(weight: Tensor, fmt: Format) -> Scales:
     return Scales(scale, torch.cat(zeros).unflatten(0, leading))
 
 
-def snap(weight: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Nearest representable values, float32; decoded `scale` and `zero_point` broadcast against `weight`."""
-    if not fmt.is_packed:
-        return _round_to_bf16(weight).float()
-    return round_value(weight.float() / scale, fmt.element, zero_point) * scale
-
-
 def encode(weight: Tensor, name: str | Format, scales: Scales) -> QuantizedTensor:
     """The packed codes of the nearest values at the given scales."""
     fmt = parse(name)
-    num_columns, dtype = weight.shape[-1], weight.dtype
     if not fmt.is_packed:
-        return QuantizedTensor(_round_to_bf16(weight).contiguous(), fmt.name, num_columns, dtype)
-    packed = []
+        return QuantizedTensor(_round_to_bf16(weight).contiguous(), fmt.name, weight.shape[-1], weight.dtype)
+    parts = [pack(codes, fmt.element.bits) for codes in _codes(weight, fmt, scales)]
+    return _assembled(torch.cat(parts).unflatten(0, weight.shape[:-1]), weight.shape[-1], fmt, scales, weight.dtype)
+
+
+def nearest_codes(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """What `encode` packs: uint8 [.., N, K], one code each."""
+    return torch.cat(list(_codes(weight, fmt, scales))).unflatten(0, weight.shape[:-1])
+
+
+def packed(codes: Tensor, fmt: Format, scales: Scales, dtype: torch.dtype) -> QuantizedTensor:
+    """The weight of `dtype` that codes [.., N, K], one a byte, mean at the given scales."""
+    return _assembled(pack(codes, fmt.element.bits), codes.shape[-1], fmt, scales, dtype)
+
+
+def _assembled(qdata: Tensor, num_columns: int, fmt: Format, scales: Scales, dtype: torch.dtype) -> QuantizedTensor:
+    scale, zero_point, per_tensor = scales
+    return QuantizedTensor(qdata, fmt.name, num_columns, dtype, scale.contiguous(), zero_point, per_tensor)
+
+
+def _codes(weight: Tensor, fmt: Format, scales: Scales) -> Iterator[Tensor]:
+    """Nearest codes of run after run of rows."""
     for rows, part, _ in _pieces(weight, scales, fmt):
         blocks = to_blocks(rows, fmt)
         zero_point = None if part.zero_point is None else part.zero_point.unsqueeze(-1)
         values = round_value(blocks / part.scale.unsqueeze(-1), fmt.element, zero_point)
-        codes = value_to_code(values, fmt.element, zero_point).flatten(-2)[..., :num_columns]
-        packed.append(pack(codes, fmt.element.bits))
-    qdata = torch.cat(packed).unflatten(0, weight.shape[:-1])
-    return QuantizedTensor(
-        qdata, fmt.name, num_columns, dtype, scales.scale.contiguous(), scales.zero_point, scales.per_tensor_scale
-    )
+        yield value_to_code(values, fmt.element, zero_point).flatten(-2)[..., : weight.shape[-1]]
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # one of them would show in the sum, which is cheap; a finite x whose sum overflows is looked at again
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
 def check_finite(weight: Tensor, name: str = "the weight") -> None:
     """InputError with the first index of a NaN or an infinity, if there is one."""
-    if bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-        return  # a NaN or an infinity would have shown in the sum
-    bad = (~torch.isfinite(weight)).nonzero()
-    if len(bad):
-        index = bad[0].tolist()
+    if not all_finite(weight):
+        index = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise InputError(f"{name} has {float(weight[tuple(index)])} at index {index}: nothing to quantize it to")
 
 

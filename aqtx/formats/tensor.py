@@ -77,13 +77,6 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         self.qdata, self.format_name, self.num_columns, self.orig_dtype = qdata, format_name, num_columns, orig_dtype
         self.scale, self.zero_point, self.per_tensor_scale = scale, zero_point, per_tensor_scale
 
-    @classmethod
-    def from_parts(
-        cls, *, qdata: Tensor, format_name: str, shape: tuple[int, ...], dtype: torch.dtype, **optional: Tensor | None
-    ) -> "QuantizedTensor":
-        """From inner tensors in the memory layout; `optional`: scale, zero_point, per_tensor_scale."""
-        return cls(qdata, parse(format_name).name, shape[-1], dtype, **optional)
-
     @property
     def format(self) -> Format:
         """The row of the table that this tensor's codes follow."""

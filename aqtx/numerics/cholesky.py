@@ -17,11 +17,12 @@ from aqtx.errors import InputError
 RETRY_FACTOR = 10.0
 FIRST_RETRY = 1e-4  # damping fraction tried next where none was asked for
 LAST_RETRY = 10.0  # a positive semi-definite matrix factors long before this
+PANEL = 128  # columns of R found together
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Columns of R over their diagonal (unit upper triangular), that diagonal, and the damping that it took.
+    """Columns of R over their diagonal (above it only), that diagonal, and the damping that it took.
 
     ratios: [E, K, K]; diagonal: [E, K]; damping: [E], of the mean of H's diagonal; shift: [E], what was added to it.
     """
@@ -45,23 +46,37 @@ def factor(H: Tensor, damp_fraction: float) -> Factor:
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     empty = H.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0
     damping = torch.full_like(mean, damp_fraction)
-    lower, failed = _attempt(H, (damping + empty) * mean)
+    R, failed = _attempt(H, (damping + empty) * mean)
     while failed.any():
         if bool((damping[failed] >= LAST_RETRY).any()):
             worst = failed.nonzero().flatten().tolist()
             raise InputError(f"the Hessians of batch entries {worst} are not positive semi-definite")
         damping[failed] = (damping[failed] * RETRY_FACTOR).clamp(FIRST_RETRY, LAST_RETRY)
         again, still = _attempt(H[failed], (damping * mean)[failed])
-        lower[failed] = again
+        R[failed] = again
         failed = failed.masked_scatter(failed, still)
-    diagonal = lower.diagonal(dim1=-2, dim2=-1).clone()
-    lower.div_(diagonal.unsqueeze(-2))
-    return Factor(lower.flip(-2, -1), diagonal.flip(-1), damping, (damping + empty) * mean)
+    diagonal = R.diagonal(dim1=-2, dim2=-1).clone()
+    return Factor(R.div_(diagonal.unsqueeze(-2)), diagonal, damping, (damping + empty) * mean)
 
 
 def _attempt(H: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors of the flipped, damped matrices, and which of them failed."""
-    damped = H.flip(-2, -1)
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
-    lower, info = torch.linalg.cholesky_ex(damped)
-    return lower, (info != 0) | ~lower.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    """R of the damped matrices, H's values left below its diagonal, and which of them failed.
+
+    Panels of columns from the last to the first: a panel of H less what the later columns of R explain is
+    R's panel times its corner, and the corner is the Cholesky factor of its own rows, read backwards.
+    """
+    R = H.clone()
+    R.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
+    failed = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    for low in reversed(range(0, H.shape[-1], PANEL)):
+        own = slice(low, low + PANEL)
+        panel, later = R[:, : low + PANEL, own], R[:, :, low + PANEL :]
+        if later.shape[-1]:
+            panel.baddbmm_(later[:, : low + PANEL], later[:, own].mT, alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(panel[:, low:].flip(-2, -1))
+        corner = lower.flip(-2, -1)
+        panel[:, low:] = corner
+        if low:
+            panel[:, :low] = torch.linalg.solve_triangular(corner.mT, panel[:, :low], upper=False, left=False)
+        failed |= (info != 0) | ~corner.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return R, failed

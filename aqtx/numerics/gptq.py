@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats.codec import Scales, check_finite, choose_scales, encode, nearest_values, quantize
+from aqtx.formats.codec import Scales, all_finite, check_finite, choose_scales, nearest_codes, packed, quantize
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
 from aqtx.numerics.cholesky import Factor, factor
-from aqtx.numerics.columns import Grid, reorder, round_columns
-from aqtx.numerics.rows import better_rows, bound_basis, row_errors
+from aqtx.numerics.columns import Grid, columns_first, round_columns, rows_first
+from aqtx.numerics.rows import Differences, better_rows, bound_basis, row_errors
 from aqtx.numerics.shrinkage import isotropic_scale, shrink
 
 Order = Literal["none", "activation"]
 ORDERS: tuple[Order, ...] = ("none", "activation")
-SAMPLED = 16  # every so many rows one stands for all in the errors that are reported
+SAMPLES = 32  # rows that stand for all in the errors that are reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Options:
 class Solution:
     """Codes of a batch, and what it took, all [E].
 
-    Errors are sums of d H d^T over rows, on the H given, estimated from every 16th row.
+    Errors are sums of d H d^T over rows, on the H given, estimated from 32 to 63 rows at equal distances.
     """
 
     tensor: QuantizedTensor
@@ -110,7 +110,8 @@ class Curvature:
     order: Tensor | None  # [E, K], None for the stored order
     pseudo_tokens: Tensor
     share: Tensor  # [E] what damping and an isotropic prior added to the diagonal
-    basis: Tensor  # [E, m, K], see rows.py
+    basis: Tensor  # [E, m, K] in order, see rows.py
+    tight: bool  # what is solved is H and `share` of the identity, nothing else
     block_size: int
 
     @classmethod
@@ -119,23 +120,25 @@ class Curvature:
         _check(H, num_tokens, prior, options)
         H = H.to(torch.float32)
         target, n0 = (H, H.new_zeros(len(H))) if num_tokens is None else shrink(H, num_tokens, prior)
-        diagonal = target.diagonal(dim1=-2, dim2=-1)
-        share = torch.zeros_like(n0) if num_tokens is None or prior is not None else n0 * isotropic_scale(H, num_tokens)
+        tight = num_tokens is None or prior is None
+        share = n0 * isotropic_scale(H, num_tokens) if num_tokens is not None and tight else torch.zeros_like(n0)
         order = None
         if options.order == "activation":
-            order = diagonal.argsort(dim=-1, descending=True, stable=True)
-            target = torch.stack(
-                [one[columns].index_select(1, columns) for one, columns in zip(target, order, strict=True)]
-            )
+            order = target.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+            ordered, rows = torch.empty_like(target), torch.empty_like(target[0])
+            for one, columns, to in zip(target, order, ordered, strict=True):
+                torch.index_select(one, 0, columns, out=rows)
+                torch.index_select(rows, 1, columns, out=to)
+            target = ordered
         found = factor(target, options.damp_fraction)
-        return cls(H, found, order, n0, share + found.shift, bound_basis(H), options.block_size)
+        return cls(H, found, order, n0, share + found.shift, bound_basis(H, order), tight, options.block_size)
 
     def take(self, places: list[int]) -> "Curvature":
         """Some entries of the batch."""
         found = self.factor
         factor = Factor(found.ratios[places], found.diagonal[places], found.damping[places], found.shift[places])
         order = None if self.order is None else self.order[places]
-        rest = (self.pseudo_tokens[places], self.share[places], self.basis[places], self.block_size)
+        rest = (self.pseudo_tokens[places], self.share[places], self.basis[places], self.tight, self.block_size)
         return Curvature(self.H[places], factor, order, *rest)
 
     def solve(self, W: Tensor, fmt: Format) -> Solution:
@@ -143,49 +146,50 @@ class Curvature:
         if not fmt.is_packed:
             zeros = self.H.new_zeros(len(W))
             return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
-        scales, weights = choose_scales(W, fmt), W.to(torch.float32)
-        values, differences, bound = self._round(weights, Grid.of(scales, fmt, W.shape[-1]))
+        scales, ordered = choose_scales(W, fmt), columns_first(W.to(torch.float32), self.order)
+        grid = Grid.of(scales, fmt, W.shape[-1], self.order)
+        work = round_columns(ordered, self.factor, grid, share=self.share, block_size=self.block_size)
+        ours, nearest = work.errors, work.nearest
+        bound: Tensor | None = work.bounds
         if W.dtype is not torch.float32:  # what counts is what dequantizing to the weight's own dtype gives
-            differences, bound = weights - to_storage_dtype(weights - differences, W.dtype).float(), None
-        nearest = weights - nearest_values(W, fmt, scales).to(torch.float32)
-        better = better_rows(differences, nearest, self.H, basis=self.basis, bound=bound)
-        values = torch.where(better.unsqueeze(-1), values, weights)
-        kept = better[:, ::SAMPLED]
-        samples = torch.cat([x[:, ::SAMPLED] for x in (weights, nearest, differences)], 1)
-        power, before, after = row_errors(samples, self.H).chunk(3, 1)
+            ours, nearest = (ordered - to_storage_dtype(ordered - x, W.dtype).float() for x in (ours, nearest))
+            bound = None
+        D, D_nearest = Differences(ours, self.order), Differences(nearest, self.order)
+        better = better_rows(D, D_nearest, self.H, basis=self.basis, bound=bound, tight=self.tight)
+        sampled = slice(None, None, max(W.shape[1] // SAMPLES, 1))
+        power, before, after = self._errors_of(sampled, W, D_nearest, D)
         whole = W.shape[1] / before.shape[1]
         return Solution(
-            tensor=_encode(values, W.dtype, fmt, scales),
+            tensor=_encode(rows_first(work.codes, self.order), better, W, fmt, scales),
             damping=self.factor.damping,
             pseudo_tokens=self.pseudo_tokens,
             nearest_error=before.sum(-1) * whole,
-            error=torch.where(kept, after, before).sum(-1) * whole,
+            error=torch.where(better[:, sampled], after, before).sum(-1) * whole,
             power=power.sum(-1) * whole,
             rows_nearest=(~better).sum(-1),
         )
 
-    def _round(self, weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values whose nearest codes are GPTQ's, weights less those [E, N, K], and at least their errors [E, N]."""
-        ordered = weights if self.order is None else reorder(weights, self.order)
-        work = round_columns(ordered, self.factor, grid, order=self.order, share=self.share, block_size=self.block_size)
-        if self.order is None:
-            return work.values, work.errors, work.bounds
-        back = self.order.argsort(dim=-1)
-        return reorder(work.values, back), reorder(work.errors, back), work.bounds
+    def _errors_of(self, rows: slice, W: Tensor, *differences: Differences) -> tuple[Tensor, ...]:
+        """w H w^T and d H d^T [E, n] of some rows."""
+        stacks = [
+            torch.cat([W[expert, rows].to(torch.float32), *(D.rows(expert, rows) for D in differences)])
+            for expert in range(len(W))
+        ]
+        return row_errors(torch.stack(stacks), self.H).chunk(1 + len(differences), 1)
 
 
-def _encode(values: Tensor, dtype: torch.dtype, fmt: Format, scales: Scales) -> QuantizedTensor:
-    """Codes of float32 values that lie on the grid, as a weight of `dtype`, to which they are never rounded."""
-    made = encode(values, fmt, scales)
-    return QuantizedTensor.from_parts(
-        qdata=made.qdata,
-        scale=made.scale,
-        zero_point=made.zero_point,
-        per_tensor_scale=made.per_tensor_scale,
-        format_name=made.format_name,
-        shape=tuple(made.shape),
-        dtype=dtype,
-    )
+def _encode(codes: Tensor, better: Tensor, W: Tensor, fmt: Format, scales: Scales) -> QuantizedTensor:
+    """The weight of given codes [E, N, K], of the nearest ones in rows [E, N] that are not better."""
+    rest = ~better
+    if rest.any():
+        scale, zero_point, per_tensor = scales
+        own = Scales(
+            scale[rest],
+            None if zero_point is None else zero_point[rest],
+            None if per_tensor is None else per_tensor.expand(*rest.shape, 1)[rest],
+        )
+        codes[rest] = nearest_codes(W[rest], fmt, own)
+    return packed(codes, fmt, scales, W.dtype)
 
 
 def check_weights(W: Tensor, H: Tensor) -> None:
@@ -207,9 +211,9 @@ def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: 
         problems.append(f"num_tokens must be [{len(H)}], not {list(num_tokens.shape)}")
     if num_tokens is not None and not bool(((num_tokens >= 0) & num_tokens.isfinite()).all()):
         problems.append(f"num_tokens must be counts, not {num_tokens.tolist()}")
-    if not H.isfinite().all():
+    if not all_finite(H):
         problems.append("H holds NaN or infinite values")
-    if prior is not None and not prior.isfinite().all():
+    if prior is not None and not all_finite(prior):
         problems.append("prior holds NaN or infinite values")
     if options.order not in ORDERS:
         problems.append(f"order must be one of {', '.join(ORDERS)}, not {options.order!r}")

@@ -35,7 +35,7 @@ def shrink(H: Tensor, num_tokens: Tensor, prior: Tensor | None) -> tuple[Tensor,
         shrunk.diagonal(dim1=-2, dim2=-1).add_((n0 * scale).unsqueeze(-1))
         return shrunk, n0
     n0 = pseudo_tokens(H, num_tokens, prior)
-    return H + n0[:, None, None] * prior, n0
+    return torch.addcmul(H, n0[:, None, None], prior), n0
 
 
 def isotropic_scale(H: Tensor, num_tokens: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def pseudo_tokens(H: Tensor, num_tokens: Tensor, prior: Tensor) -> Tensor:
     if prior.dim() == 1:
         distance = true_square - 2 * prior * trace + H.shape[-1] * prior**2
     else:
-        prior = prior.expand_as(H)
-        distance = true_square - 2 * _inner(H, prior) / count + _inner(prior, prior)
+        stack = prior if prior.dim() == 3 else prior.unsqueeze(0)
+        distance = true_square - 2 * _inner(H, prior.expand_as(H)) / count + _inner(stack, stack)
     most = (MOST_PER_TOKEN * num_tokens).clamp_min(MOST)
     n0 = CAUTION * noise / distance.clamp_min(0)  # infinite or 0/0 where H cannot be told from P
     return torch.minimum(n0.nan_to_num(nan=MOST, posinf=torch.inf), most).clamp_min(FEWEST)
@@ -66,9 +66,8 @@ def _trace(H: Tensor) -> Tensor:
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of products over the last two dimensions."""
-    products: Tensor = torch.linalg.vecdot(left.flatten(-2), right.flatten(-2))
-    return products
+    """Sum of products over the last two dimensions: [E]."""
+    return torch.stack([torch.dot(one.flatten(), other.flatten()) for one, other in zip(left, right, strict=True)])
 
 
 def pooled_prior(H: Tensor, num_tokens: Tensor) -> Tensor:

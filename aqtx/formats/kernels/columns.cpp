@@ -1,7 +1,7 @@
 // GPTQ within a leaf of a few columns: each column is rounded and its error made good by the leaf's later ones.
 //
-// A tile of 64 rows of one expert is brought into columns of 64 lanes and finished while it lies in the
-// cache. The arithmetic is that of columns.py and rounding.py, addition for addition and without
+// Matrices lie columns first. A tile of 64 rows of one expert is finished while it lies in the cache, 64 lanes a
+// column. The arithmetic is that of columns.py and rounding.py, addition for addition and without
 // contraction, so that both give the same bits.
 #include "packed.h"
 
@@ -41,7 +41,28 @@ static INLINE void round_floats(float* v, const Round& r) {
     const float x = clamp(v[l], r.low, r.high);
     const float power = as_float(as_bits(x) & 0x7f800000);
     const float magic = (power > r.smallest ? power : r.smallest) * r.to_magic;
-    v[l] = (x + magic) - magic;
+    v[l] = as_float((as_bits((x + magic) - magic) & 0x7fffffff) | (as_bits(x) & 0x80000000));  // -0 has a code
+  }
+}
+
+static INLINE void round_lanes(float* v, const float* zero, const Round& r, float levels) {
+  if (r.is_float) round_floats(v, r);
+  else round_integers(v, zero, r, levels);
+}
+
+// Codes of values that lie on the grid.
+static INLINE void codes_of(const float* v, const float* zero, const Round& r, const ColumnsTask& t, uint8_t* code) {
+  if (!r.is_float) {
+    for (int l = 0; l < kLanes; l++) code[l] = uint8_t(int(v[l] + (r.has_zero ? zero[l] : -r.low)));
+    return;
+  }
+  const int drop = 23 - t.mantissa_bits;
+  const uint32_t offset = uint32_t(128 - t.exponent_bias) << t.mantissa_bits, step = 1u << t.mantissa_bits;
+  for (int l = 0; l < kLanes; l++) {
+    const float magnitude = as_float(as_bits(v[l]) & 0x7fffffff);
+    const bool subnormal = magnitude < r.smallest;
+    const uint32_t shifted = as_bits(subnormal ? magnitude + r.smallest : magnitude) >> drop;
+    code[l] = uint8_t((shifted - (subnormal ? offset : offset - step)) | (as_bits(v[l]) >> 31) << (t.bits - 1));
   }
 }
 
@@ -54,45 +75,58 @@ static INLINE void receive(float* v, const float* errors, const float* ratios, i
   for (int k = 0; k < kVectors; k++) *(Vector*)(v + kWidth * k) = sum[k];
 }
 
+template <typename T> static INLINE void copy(T* to, const T* from, int64_t count) {
+  if (count == kLanes) __builtin_memcpy(to, from, sizeof(T) * kLanes);  // of a known length: a few vector moves
+  else for (int64_t l = 0; l < count; l++) to[l] = from[l];
+}
+
 static INLINE void tile(const ColumnsTask& t, int64_t expert, int64_t first, const float* ratios, float* scratch) {
-  const int64_t B = t.high - t.low, K = t.num_columns, rows = t.num_rows - first < kLanes ? t.num_rows - first : kLanes;
+  const int64_t B = t.high - t.low, K = t.num_columns, N = t.num_rows, rows = N - first < kLanes ? N - first : kLanes;
   const Round r = round_of(t);
-  const float levels = float((1 << t.bits) - 1);
+  const float levels = float((1 << t.bits) - 1), share = t.shares[expert];
   float *v = scratch, *e = scratch + B * kLanes;
-  alignas(64) float scale[kLanes], zero[kLanes], sum[kLanes], q[kLanes];
+  alignas(64) float scale[kLanes], zero[kLanes], sum[kLanes], q[kLanes], near[kLanes];
+  alignas(64) uint8_t code[kLanes];
   for (int l = 0; l < kLanes; l++) scale[l] = 1, zero[l] = 0, sum[l] = 0;
-  const int64_t origin = (expert * t.num_rows + first) * K + t.low, groups = (expert * t.num_rows + first) * t.num_blocks;
-  for (int64_t i = 0; i < 2 * B * kLanes; i++) scratch[i] = 0;
-  for (int64_t l = 0; l < rows; l++)
-    for (int64_t c = 0; c < B; c++) v[c * kLanes + l] = t.values[origin + l * K + c], e[c * kLanes + l] = t.weights[origin + l * K + c];
+  const int64_t origin = (expert * K + t.low) * N + first;
+  if (rows < kLanes) for (int64_t i = 0; i < 2 * B * kLanes; i++) scratch[i] = 0;
+  for (int64_t c = 0; c < B; c++) {
+    copy(v + c * kLanes, t.values + origin + c * N, rows);
+    copy(e + c * kLanes, t.weights + origin + c * N, rows);
+  }
   int64_t block = -1;
   for (int64_t c = 0; c < B; c++) {
     const int64_t next = t.blocks ? t.blocks[expert * K + t.low + c] : (t.low + c) / t.block;
     if (next != block) {
       block = next;
-      for (int64_t l = 0; l < rows; l++) scale[l] = t.scale[groups + l * t.num_blocks + block];
-      if (t.zero) for (int64_t l = 0; l < rows; l++) zero[l] = t.zero[groups + l * t.num_blocks + block];
+      const int64_t group = (expert * t.num_blocks + block) * N + first;
+      copy(scale, t.scale + group, rows);
+      if (t.zero) copy(zero, t.zero + group, rows);
     }
-    float *mine = v + c * kLanes, *error = e + c * kLanes;
+    float *mine = v + c * kLanes, *error = e + c * kLanes;  // `error` holds the weights until they are rounded
     receive(mine, e, ratios + c * B, c);
-    for (int l = 0; l < kLanes; l++) q[l] = mine[l] / scale[l];
-    if (r.is_float) round_floats(q, r);
-    else round_integers(q, zero, r, levels);
-    const float penalty = t.penalties[expert * K + t.low + c], share = t.shares[expert];
+    for (int l = 0; l < kLanes; l++) q[l] = mine[l] / scale[l], near[l] = error[l] / scale[l];
+    round_lanes(q, zero, r, levels);
+    round_lanes(near, zero, r, levels);
+    codes_of(q, zero, r, t, code);
+    const float penalty = t.penalties[expert * K + t.low + c];
     for (int l = 0; l < kLanes; l++) {
       const float rounded = q[l] * scale[l], step = mine[l] - rounded;
+      near[l] = error[l] - near[l] * scale[l];
       error[l] -= rounded;
       sum[l] += penalty * (step * step) - share * (error[l] * error[l]);
     }
+    copy(t.nearest + origin + c * N, near, rows);
+    copy(t.errors + origin + c * N, error, rows);
+    copy(t.codes + origin + c * N, code, rows);
   }
-  for (int64_t l = 0; l < rows; l++) t.bounds[expert * t.num_rows + first + l] += sum[l];
-  for (int64_t l = 0; l < rows; l++)
-    for (int64_t c = 0; c < B; c++) t.values[origin + l * K + c] = v[c * kLanes + l], t.errors[origin + l * K + c] = e[c * kLanes + l];
+  for (int64_t l = 0; l < rows; l++) t.bounds[expert * N + first + l] += sum[l];
 }
 
 static INLINE void run_tiles(const ColumnsTask& t, int64_t begin, int64_t end) {
   const int64_t B = t.high - t.low, tiles = (t.num_rows + kLanes - 1) / kLanes;
-  std::vector<float> ratios(B * B), scratch(2 * B * kLanes);
+  std::vector<float> ratios(B * B), space(2 * B * kLanes + kWidth);
+  float* scratch = space.data() + (kWidth - (uintptr_t(space.data()) / 4) % kWidth) % kWidth;  // whole cache lines
   int64_t loaded = -1;
   for (int64_t i = begin; i < end; i++) {
     const int64_t expert = i / tiles;
@@ -103,7 +137,7 @@ static INLINE void run_tiles(const ColumnsTask& t, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < B; c++)
           ratios[c * B + row] = from[(t.low + row) * t.ratio_strides[1] + (t.low + c) * t.ratio_strides[2]];
     }
-    tile(t, expert, i % tiles * kLanes, ratios.data(), scratch.data());
+    tile(t, expert, i % tiles * kLanes, ratios.data(), scratch);
   }
 }
 

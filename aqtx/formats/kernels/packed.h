@@ -92,14 +92,16 @@ struct MxTask {
 };
 void quantize_mx_rows(const MxTask& task, int64_t n0, int64_t n1);
 
-// GPTQ's rounding of columns low..high of [E, N, K] matrices, errors of earlier columns made good already.
+// GPTQ's rounding of columns low..high of [E, K, N] matrices, errors of earlier columns made good already.
 struct ColumnsTask {
-  float* values;         // in: what to round; out: the same with the errors of the leaf's earlier columns made good
+  const float* values;   // what to round but for the errors of the leaf's earlier columns
   const float* weights;
   float* errors;         // out: weights less rounded values
+  float* nearest;        // out: weights less their nearest values
+  uint8_t* codes;        // out: of the rounded values
   const float* ratios;   // [E, K, K]
   const int64_t* ratio_strides;
-  const float* scale;    // [E, N, num_blocks]
+  const float* scale;    // [E, num_blocks, N]
   const float* zero;     // the same, or null
   const int64_t* blocks; // [E, K] block of each column, or null for column / block
   const float* penalties;  // [E, K]
