@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
@@ -107,6 +108,16 @@ def misfits(program: Program, passes: Iterable[Pass], first_place: int = 0) -> l
     ]
 
 
+def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
+    """InputError unless ids are whole numbers [num_sequences, length] that the model knows."""
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise InputError(f"calibration must be token ids [num_sequences, length], whole numbers, not {found}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise InputError(f"calibration ids go from {low} to {high}, the model's from 0 to {vocab_size}, exclusive")
+
+
 def run(program: Program, passes: Iterable[Pass], *, calibration: Tensor | None = None, seed: int = 0) -> Program:
     """Run passes over a program and return it.
 
@@ -117,9 +128,10 @@ def run(program: Program, passes: Iterable[Pass], *, calibration: Tensor | None 
         seed: of everything random.
 
     Raises:
-        InputError: a pass lacks one that must come before it, or what it needs is missing.
+        InputError: a pass lacks one that must come before it, or what it needs is missing or no token ids.
     """
     context = Context(seed=seed, device=program.device, quiet=False)
     if calibration is not None:
+        _check_ids(calibration, program.config.get("vocab_size"))
         context.load_calibration = lambda: calibration
     return Run(program, context).execute(passes)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ class RunDirectory:
             raise InputError(
                 f"output {self.output} holds files already; pass --overwrite to replace it or choose another output"
             )
+        if occupied and overwrite and not (self.output / CHECKSUMS).exists():
+            raise InputError(
+                f"output {self.output} holds files but no finished run ({CHECKSUMS} is not there), and --overwrite "
+                "replaces runs only; choose another output"
+            )
         if self.staging.exists() and not (overwrite or resume):
             raise InputError(
                 f"output {self.output} has an unfinished run beside it ({self.staging.name}); "
@@ -63,9 +69,7 @@ class RunDirectory:
         files = sorted(file for file in self.staging.rglob("*") if file.is_file())
         sums = {file.relative_to(self.staging).as_posix(): sha256(file) for file in files}
         (self.staging / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
-        old = self.output.with_name(self.output.name + ".old")
-        if self.output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-        self.staging.rename(self.output)
-        shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{self.output.name}-", dir=self.output.parent) as aside:
+            if self.output.exists():
+                self.output.rename(Path(aside) / "replaced")
+            self.staging.rename(self.output)

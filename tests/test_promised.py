@@ -94,3 +94,9 @@ def test_a_file_is_no_folder_to_save_in(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
         aqtx.save(aqtx.trace("tinymoe"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(4, dtype=torch.long), torch.rand(2, 8), torch.full((2, 8), 10**6)])
+def test_calibration_must_be_token_ids(ids):
+    with pytest.raises(InputError, match="calibration"):
+        aqtx.run(aqtx.trace("tinymoe"), [], calibration=ids)

@@ -38,11 +38,18 @@ def test_checksums_name_every_file(tmp_path):
 
 def test_an_output_that_holds_files_is_refused_and_left_alone(tmp_path):
     output = tmp_path / "run"
-    output.mkdir()
-    (output / "mine.txt").write_text("precious")
+    finished(output)
     with pytest.raises(InputError, match="holds files already; pass --overwrite"):
         RunDirectory(output)
-    assert (output / "mine.txt").read_text() == "precious"
+    assert (output / "report.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_no_run_wrote_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="replaces runs only" if overwrite else "holds files already"):
+        RunDirectory(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_is_complete(tmp_path):

@@ -13,6 +13,9 @@ from aqtx.report.canvas import PALETTE, panels, save_figure
 from aqtx.report.data import RunData, is_number, read_run
 from aqtx.report.numbers import decimal, duration, interval, megabytes
 from aqtx.report.parts import PARTS, build_part
+from aqtx.shards import make_folder
+
+PAGE = "compare.html"
 
 _ROWS: tuple[tuple[str, Callable[[RunData], str]], ...] = (
     ("size before", lambda run: megabytes((run.report.get("bytes") or {}).get("before"))),
@@ -45,16 +48,18 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
         run = read_run(Path(directory))
         names = (run.name, *(f"{run.name}-{count}" for count in range(2, len(directories) + 1)))
         runs[next(name for name in names if name not in runs)] = run
-    folder = Path(output)
+    folder, page = Path(output), Path(output) / PAGE
+    if folder.exists() and not page.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} is there already and holds no {PAGE}; choose another folder for the page")
+    make_folder(folder)
     figures = folder / "figures"
     shutil.rmtree(figures, ignore_errors=True)
     sections = [html.Section("overview", "Overview", _overview(runs, figures))]
     for part in PARTS:
         columns = {name: build_part(part, run, figures / str(index)) for index, (name, run) in enumerate(runs.items())}
         sections.append(html.Section(part.anchor, part.title, html.side_by_side(columns)))
-    path = folder / "compare.html"
-    path.write_text(html.page(" · ".join(runs), f"{len(runs)} runs side by side", sections), encoding="utf-8")
-    return path
+    page.write_text(html.page(" · ".join(runs), f"{len(runs)} runs side by side", sections), encoding="utf-8")
+    return page
 
 
 def _overview(runs: dict[str, RunData], figures: Path) -> str:
