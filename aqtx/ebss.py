@@ -8,8 +8,12 @@ the W of least
 
 go on, where sigma is the standard deviation of the experts' normalised usage, averaged over layers, the
 candidate and everything written so far included. Each sequence starts from a token of its own.
+
+The published tau of 1.2 leaves sigma, some hundredths, next to no weight beside some nats of -log(P); a smaller one
+buys balance (benchmarks/calibration.py).
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from aqtx.errors import InputError
 from aqtx.generate import Generator
 from aqtx.program import Program, grouped_linear_op
+from aqtx.text import CalibrationSpec
 
 BEAMS = 4
 TAU = 1.2
 PARALLEL = 8
+SLOTS = 32  # the cache grows by so many places, since attention reads it whole
 FILE_NAME = "ebss.jsonl"
 _TOPK = torch.ops.aten.topk.default
 
@@ -83,7 +90,7 @@ class Routed(fx.Interpreter):
     def usage(self, num_rows: int) -> Tensor:
         """Counts [rows, L, E] of the last run, for inputs of `num_rows` sequences."""
         width = max(self.num_experts)
-        counts = [torch.nn.functional.one_hot(one.view(num_rows, -1), width).sum(1) for one in self.chosen]
+        counts = [F.one_hot(one.view(num_rows, -1), width).sum(1) for one in self.chosen]
         self.chosen = []
         return torch.stack(counts, 1).float()
 
@@ -127,22 +134,23 @@ class Sampler:
         self._routed = Routed(module)
         self._generator = Generator(program)
         self._device = program.device
-        self._vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
+        vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
         self._random = torch.Generator().manual_seed(seed)
+        self._first = itertools.cycle(torch.randperm(vocabulary, generator=self._random).tolist())
         self._tau = tau
 
     @torch.no_grad()
     def grow(self, num_groups: int, length: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """`num_groups` sequences [G, length] and their usage [L, E]; `before` is the usage of earlier ones."""
-        first = torch.randperm(self._vocabulary, generator=self._random)[:num_groups]
-        beams = self._open(first.repeat_interleave(BEAMS).view(-1, BEAMS, 1), length)
+        first = torch.tensor(list(itertools.islice(self._first, num_groups)))
+        beams = self._open(first.repeat_interleave(BEAMS).view(-1, BEAMS, 1))
         before = torch.zeros_like(beams.usage[0, 0]) if before is None else before
         for place in range(1, length):
             beams = self._step(beams, place, before)
         return beams.ids[:, 0].cpu(), beams.usage[:, 0].sum(0)
 
-    def _open(self, ids: Tensor, length: int) -> _Beams:
-        cache = self._generator.make_cache(ids.shape[0] * BEAMS, length)
+    def _open(self, ids: Tensor) -> _Beams:
+        cache = self._generator.make_cache(ids.shape[0] * BEAMS, SLOTS)
         logits, usage = self._read(ids.view(-1, 1), 0, cache)
         shape = ids.shape[:2]
         nll = torch.full(shape, torch.inf)
@@ -153,11 +161,11 @@ class Sampler:
         """Propose, read all candidates, keep the best."""
         groups = len(beams.ids)
         log_p = beams.logits.log_softmax(-1)  # [G, W, V]
-        noise = -torch.log(-torch.log(torch.rand(log_p.shape, generator=self._random).clamp(1e-20, 1 - 1e-7)))
-        tokens = (log_p + noise).topk(BEAMS, -1).indices  # W drawn without replacement
+        drawn = log_p.exp().flatten(0, 1).multinomial(BEAMS, generator=self._random)  # without replacement
+        tokens = drawn.view(groups, BEAMS, BEAMS)
         nll = (beams.nll.unsqueeze(-1) - log_p.gather(-1, tokens)).flatten(1)  # [G, C]
         parents = torch.arange(groups * BEAMS).repeat_interleave(BEAMS)  # rows that candidates come from
-        cache = [part[parents.to(part.device)] for part in beams.cache]
+        cache = [part.index_select(0, parents.to(part.device)) for part in _with_room(beams.cache, place)]
         logits, usage = self._read(tokens.view(-1, 1), place, cache)
         usage = beams.usage.repeat_interleave(BEAMS, 1) + usage.view(groups, -1, *usage.shape[1:])
         best = beams.usage[:, 0]
@@ -172,7 +180,7 @@ class Sampler:
 
         return _Beams(
             kept(ids), kept(nll.flatten()), kept(usage.flatten(0, 1)), kept(logits),
-            [part[rows.to(part.device)] for part in cache],
+            [part.index_select(0, rows.to(part.device)) for part in cache],
         )  # fmt: skip
 
     def _read(self, ids: Tensor, place: int, cache: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -181,6 +189,11 @@ class Sampler:
         start = torch.zeros(len(ids), dtype=torch.long, device=self._device)
         logits = self._routed.run(ids.to(self._device), places, start, *cache)
         return logits[:, -1].float().cpu(), self._routed.usage(len(ids)).cpu()
+
+
+def _with_room(cache: list[Tensor], place: int) -> list[Tensor]:
+    """Caches [rows, heads, slots, size] that have a slot `place`."""
+    return cache if place < cache[0].shape[2] else [F.pad(part, (0, 0, 0, SLOTS)) for part in cache]
 
 
 def sample(
@@ -221,12 +234,14 @@ def usage_of(program: Program, ids: Tensor) -> Tensor:
     return torch.stack(counts).sum(0).cpu()
 
 
-def calibration(program: Program, num_sequences: int, length: int, seed: int, folder: Path | None) -> Tensor:
-    """Calibration ids [num_sequences, length], sampled once: kept in a folder for a resumed run."""
+def calibration(program: Program, spec: CalibrationSpec, seed: int, folder: Path | None) -> Tensor:
+    """Calibration ids [num_sequences, sequence_length], sampled once: kept in a folder for a resumed run."""
     file = None if folder is None else folder / FILE_NAME
     if file is not None and file.exists():
         return torch.tensor([json.loads(line)["ids"] for line in file.read_text().splitlines()])
-    sampled = sample(program, num_sequences=num_sequences, length=length, seed=seed)
+    sampled = sample(
+        program, num_sequences=spec.num_sequences, length=spec.sequence_length, seed=seed, tau=spec.tau or TAU
+    )
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         sampled.write(file)

@@ -230,7 +230,7 @@ def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Te
     if spec.source == "ebss":
         from aqtx import ebss
 
-        return ebss.calibration(program, spec.num_sequences, spec.sequence_length, recipe.seed, context.work)
+        return ebss.calibration(program, spec, recipe.seed, context.work)
     return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
 
 

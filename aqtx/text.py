@@ -38,17 +38,22 @@ class CalibrationSpec:
     source: str = "builtin"
     num_sequences: int = 64
     sequence_length: int = 256
+    tau: float | None = None  # of the source ebss: the smaller, the more balanced; null is the published 1.2
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no text can be cut by."""
+        """Refuse numbers that no text can be cut by, and a temperature that nothing reads."""
         least = {"num_sequences": 1, "sequence_length": 2}
-        low = [
+        problems = [
             f"{name} is {getattr(self, name)}, but must be at least {value}"
             for name, value in least.items()
             if getattr(self, name) < value
         ]
-        if low:
-            raise InputError(*low)
+        if self.tau is not None and self.source != "ebss":
+            problems.append(f"tau is of the source ebss, but the source is {self.source!r}: leave tau out")
+        elif self.tau is not None and self.tau <= 0:
+            problems.append(f"tau is {self.tau}, but must be above 0")
+        if problems:
+            raise InputError(*problems)
 
 
 @dataclass(frozen=True)

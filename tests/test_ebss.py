@@ -8,9 +8,13 @@ import torch
 import aqtx.ebss as ebss
 from aqtx.errors import InputError
 from aqtx.program import Program
+from aqtx.recipe import parse_recipe
+from aqtx.text import CalibrationSpec
 from aqtx.text_sources import read_passages
 from aqtx.tracing import trace
 from tests.tiny import OLMOE, random_model
+
+LENGTH = ebss.SLOTS + 8  # the cache grows once
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +24,23 @@ def program() -> Program:
 
 @pytest.fixture(scope="module")
 def sampled(program) -> ebss.Sampled:
-    return ebss.sample(program, num_sequences=6, length=12)
+    return ebss.sample(program, num_sequences=10, length=LENGTH)
 
 
 def test_usage_is_what_scoring_the_text_counts(program, sampled) -> None:
-    assert sampled.ids.shape == (6, 12)
+    assert sampled.ids.shape == (10, LENGTH)
     assert torch.equal(ebss.usage_of(program, sampled.ids), sampled.usage)
-    assert sampled.usage.sum() == 6 * 12 * 2 * 2  # tokens, experts a token, layers
+    assert sampled.usage.sum() == 10 * LENGTH * 2 * 2  # tokens, experts a token, layers
 
 
 def test_seeds_decide(program, sampled) -> None:
-    assert torch.equal(ebss.sample(program, num_sequences=6, length=12).ids, sampled.ids)
-    assert not torch.equal(ebss.sample(program, num_sequences=6, length=12, seed=1).ids, sampled.ids)
+    ids = [ebss.sample(program, num_sequences=3, length=12, seed=seed).ids for seed in (0, 0, 1)]
+    assert torch.equal(ids[0], ids[1])
+    assert not torch.equal(ids[0], ids[2])
+
+
+def test_every_sequence_starts_from_a_token_of_its_own(sampled) -> None:
+    assert len(sampled.ids[:, 0].unique()) == 10 > ebss.PARALLEL
 
 
 def test_a_small_tau_balances_more(program) -> None:
@@ -50,7 +59,30 @@ def test_file_is_calibration_text(sampled, tmp_path, program) -> None:
     rows = [list(passage.ids) for passage in read_passages(str(file), "calibration")]
     assert rows == sampled.ids.tolist()
     assert json.loads(file.read_text().splitlines()[0])["balance"]["deviation"] == pytest.approx(sampled.deviation)
-    assert torch.equal(ebss.calibration(program, 6, 12, 0, tmp_path), sampled.ids)  # kept, not sampled again
+    spec = CalibrationSpec(source="ebss", num_sequences=10, sequence_length=LENGTH)
+    assert torch.equal(ebss.calibration(program, spec, 0, tmp_path), sampled.ids)  # kept, not sampled again
+
+
+def test_tau_is_a_key_of_the_source_ebss(program) -> None:
+    recipe = {"version": 1, "model": {"source": "tinymoe"}}
+    asked = {"source": "ebss", "num_sequences": 3, "sequence_length": 24}
+    specs = [parse_recipe(recipe | {"calibration": asked | more}).calibration for more in ({}, {"tau": 1e-3})]
+    published, balanced = (ebss.usage_of(program, ebss.calibration(program, spec, 0, None)) for spec in specs)
+    assert ebss.deviation(balanced) < 0.8 * ebss.deviation(published)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"tau": 0.02}, "calibration: tau is of the source ebss, but the source is 'builtin': leave tau out"),
+        ({"source": "ebss", "tau": 0}, "calibration: tau is 0.0, but must be above 0"),
+        ({"source": "ebss", "tau": "low"}, "calibration.tau: expected a number or null, got 'low'"),
+    ],
+)
+def test_a_tau_that_cannot_be_is_refused(values, words) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_recipe({"version": 1, "model": {"source": "tinymoe"}, "calibration": values})
+    assert caught.value.problems == [words]
 
 
 def test_a_dense_model_is_refused() -> None:
