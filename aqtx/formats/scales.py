@@ -155,10 +155,10 @@ def _encode_e4m3(scale: Tensor) -> Tensor:
 def _choose_real(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> Affine:
     from aqtx.formats.search import search_real, settle
 
-    first = affine_of_range(block_range(blocks, fmt), fmt)
+    bounds = block_range(blocks, fmt)
     if fmt.rule == "search":
-        return search_real(blocks, fmt, dtype)
-    return settle(blocks, first, fmt, dtype)
+        return search_real(blocks, bounds, fmt, dtype)
+    return settle(blocks, bounds, affine_of_range(bounds, fmt), fmt, dtype)
 
 
 def block_range(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ this changes nothing.
 import torch
 from torch import Tensor
 
-from aqtx.formats.scales import Affine, affine_of_range, affine_of_scale, block_range, snap_blocks, squared_error
+from aqtx.formats.scales import Affine, affine_of_range, affine_of_scale, snap_blocks, squared_error
 from aqtx.formats.table import Format
 
 NUM_STEPS = 24
@@ -18,9 +18,8 @@ LOWEST_SHARE = {2: 0.25, 3: 0.45, 4: 0.6}
 NUM_PROBED = 4
 
 
-def search_real(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> Affine:
+def search_real(blocks: Tensor, bounds: tuple[Tensor, Tensor], fmt: Format, dtype: torch.dtype) -> Affine:
     """The scale of least squared error among shares of the full range, both signs where the grid is lopsided."""
-    bounds = block_range(blocks, fmt)
     best = affine_of_range(bounds, fmt)
     error = squared_error(blocks, best, fmt, dtype)
     lowest = LOWEST_SHARE.get(fmt.element.bits, 0.75)
@@ -31,12 +30,11 @@ def search_real(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> Affine:
         candidates += [Affine(-candidate.scale) for candidate in (best, *candidates)]
     for candidate in candidates:
         best, error = _better(blocks, best, error, candidate, fmt, dtype)
-    return settle(blocks, best, fmt, dtype)
+    return settle(blocks, bounds, best, fmt, dtype)
 
 
-def settle(blocks: Tensor, first: Affine, fmt: Format, dtype: torch.dtype) -> Affine:
+def settle(blocks: Tensor, bounds: tuple[Tensor, Tensor], first: Affine, fmt: Format, dtype: torch.dtype) -> Affine:
     """`first`, except where a neighbouring scale represents a block exactly and `first` does not."""
-    bounds = block_range(blocks, fmt)
     for neighbour in _could_have_made(bounds, fmt):
         exact = _is_exact(blocks[..., :NUM_PROBED], neighbour, fmt, dtype)
         if not bool(exact.any()):

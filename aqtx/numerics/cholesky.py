@@ -33,8 +33,8 @@ class Factor:
     shift: Tensor
 
 
-def factor(H: Tensor, damp_fraction: float) -> Factor:
-    """Factor each `H + damping * mean(diag(H)) I` of a batch [E, K, K].
+def factor(H: Tensor, damp_fraction: float, order: Tensor | None = None) -> Factor:
+    """Factor each `H + damping * mean(diag(H)) I` of a batch [E, K, K], rows and columns in `order` [E, K].
 
     A matrix that fails is tried again with ten times the damping (from 1e-4 where none was asked
     for) until 10 times the mean of its diagonal is reached. A matrix of zeros counts as the identity.
@@ -46,29 +46,40 @@ def factor(H: Tensor, damp_fraction: float) -> Factor:
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     empty = H.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0
     damping = torch.full_like(mean, damp_fraction)
-    R, failed = _attempt(H, (damping + empty) * mean)
+    R, failed = _attempt(_ordered(H, order), (damping + empty) * mean)
     while failed.any():
         if bool((damping[failed] >= LAST_RETRY).any()):
             worst = failed.nonzero().flatten().tolist()
             raise InputError(f"the Hessians of batch entries {worst} are not positive semi-definite")
         damping[failed] = (damping[failed] * RETRY_FACTOR).clamp(FIRST_RETRY, LAST_RETRY)
-        again, still = _attempt(H[failed], (damping * mean)[failed])
+        own = None if order is None else order[failed]
+        again, still = _attempt(_ordered(H[failed], own), (damping * mean)[failed])
         R[failed] = again
         failed = failed.masked_scatter(failed, still)
     diagonal = R.diagonal(dim1=-2, dim2=-1).clone()
     return Factor(R.div_(diagonal.unsqueeze(-2)), diagonal, damping, (damping + empty) * mean)
 
 
-def _attempt(H: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """R of the damped matrices, H's values left below its diagonal, and which of them failed.
+def _ordered(H: Tensor, order: Tensor | None) -> Tensor:
+    """A copy of H with rows and columns in order."""
+    if order is None:
+        return H.clone()
+    out, rows = torch.empty_like(H), torch.empty_like(H[0])
+    for one, columns, to in zip(H, order, out, strict=True):
+        torch.index_select(one, 0, columns, out=rows)
+        torch.index_select(rows, 1, columns, out=to)
+    return out
+
+
+def _attempt(R: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """R in the place of the matrices once damped, their values left below its diagonal, and which of them failed.
 
     Panels of columns from the last to the first: a panel of H less what the later columns of R explain is
     R's panel times its corner, and the corner is the Cholesky factor of its own rows, read backwards.
     """
-    R = H.clone()
     R.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
-    failed = torch.zeros(len(H), dtype=torch.bool, device=H.device)
-    for low in reversed(range(0, H.shape[-1], PANEL)):
+    failed = torch.zeros(len(R), dtype=torch.bool, device=R.device)
+    for low in reversed(range(0, R.shape[-1], PANEL)):
         own = slice(low, low + PANEL)
         panel, later = R[:, : low + PANEL, own], R[:, :, low + PANEL :]
         if later.shape[-1]:

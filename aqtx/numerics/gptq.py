@@ -125,12 +125,7 @@ class Curvature:
         order = None
         if options.order == "activation":
             order = target.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-            ordered, rows = torch.empty_like(target), torch.empty_like(target[0])
-            for one, columns, to in zip(target, order, ordered, strict=True):
-                torch.index_select(one, 0, columns, out=rows)
-                torch.index_select(rows, 1, columns, out=to)
-            target = ordered
-        found = factor(target, options.damp_fraction)
+        found = factor(target, options.damp_fraction, order)
         return cls(H, found, order, n0, share + found.shift, bound_basis(H, order), tight, options.block_size)
 
     def take(self, places: list[int]) -> "Curvature":

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aqtx.formats.codec import all_finite
+
 BOUND_SHARE = 8  # m = K / 8
 JITTER = 1e-3  # of the mean of diag(H[S, S]), added to it: the bound only becomes smaller
 SLACK = 0.01  # of either bound, for float32
@@ -48,7 +50,7 @@ def row_errors(D: Tensor, H: Tensor, panel: int = 128) -> Tensor:
 
 
 def bound_basis(H: Tensor, order: Tensor | None) -> Tensor:
-    """B^T [E, m, K] of the bound from below, columns in `order`; zeros where H[S, S] cannot be factored."""
+    """B^T [E, m, K] of the bound from below, columns in `order`; zeros for experts whose H[S, S] cannot be factored."""
     count = max(H.shape[-1] // BOUND_SHARE, 1)
     chosen = H.diagonal(dim1=-2, dim2=-1).topk(count, -1).indices
     columns = torch.stack([one[places] for one, places in zip(H, chosen, strict=True)])  # [E, m, K]
@@ -57,7 +59,9 @@ def bound_basis(H: Tensor, order: Tensor | None) -> Tensor:
     diagonal.add_(JITTER * diagonal.mean(-1, keepdim=True))
     lower, failed = torch.linalg.cholesky_ex(corner)
     basis = torch.linalg.solve_triangular(lower, columns, upper=False)
-    basis = torch.where((failed == 0)[:, None, None] & basis.isfinite(), basis, 0.0)
+    for one, bad in zip(basis, failed, strict=True):
+        if bad or not all_finite(one):
+            one.zero_()
     return basis if order is None else basis.gather(-1, order.unsqueeze(1).expand_as(basis))
 
 
