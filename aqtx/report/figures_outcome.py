@@ -90,7 +90,8 @@ def pareto(data: RunData) -> Figure:
     before = points[0]["perplexity"]["value"] / math.exp(points[0]["change"]["value"])
     methods = list(dict.fromkeys(row["method"] for row in points))
     sizes = [row["bytes"] / 1e6 for row in points]
-    step = 0.12 * (max(sizes) - min(sizes)) / max(len(methods), 1)
+    span = max(max(sizes) - min(sizes), 0.02 * max(sizes))  # one budget alone is no range
+    step = 0.12 * span / max(len(methods), 1)
     for index, method in enumerate(methods):
         curve = _curve([row for row in points if row["method"] == method])
         low, value, high = before * np.exp(curve[:, 1:].T)
@@ -106,6 +107,8 @@ def pareto(data: RunData) -> Figure:
         )
     axes.axhline(before, color="black", linewidth=0.8, linestyle="--", label="unquantized")
     axes.set(xlabel="model size, MB", ylabel="perplexity (bars: 95 % of the paired change)")
+    axes.set_xlim((min(sizes) + max(sizes) - 1.2 * span) / 2, (min(sizes) + max(sizes) + 1.2 * span) / 2)
+    axes.ticklabel_format(axis="x", useOffset=False)
     legend_below(axes)
     return figure
 
