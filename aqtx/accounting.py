@@ -36,6 +36,13 @@ def original_bytes(program: Program) -> int:
     return sum(spec.numel * spec.dtype.itemsize for name, spec in program.weights.specs.items() if name not in tied)
 
 
+def kept_bytes(program: Program, planned: Iterable[Site]) -> int:
+    """Bytes of all stored tensors beside the planned sites: kept sites, embeddings, norms, biases."""
+    specs, tied = program.weights.specs, program.tied()
+    total = sum(spec.numel * spec.dtype.itemsize for name, spec in specs.items() if name not in tied)
+    return total - sum(site.numel * specs[site.weight].dtype.itemsize for site in planned if site.weight not in tied)
+
+
 @dataclass(frozen=True)
 class Accounting:
     """What became of the weights, in elements and in matrices."""

@@ -34,6 +34,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,6 +44,7 @@ from aqtx.formats.table import Format
 from aqtx.moments import Moments
 from aqtx.numerics.gptq import Curvature, Options
 from aqtx.numerics.shrinkage import pooled_prior
+from aqtx.report.canvas import panels, save_figure
 from aqtx.round_block import POOL_STRIDE, SHARES, SOLVE_BYTES
 from benchmarks.gptq_problem import held_out_error, make_problem
 
@@ -138,23 +140,35 @@ def tell(format_name: str, name: str, seconds: float, error: float) -> None:
     print(f"{format_name:8} {name:18} {seconds:8.2f} CPU s   error / round-to-nearest {error:.4f}", flush=True)
 
 
-def scale(arguments: argparse.Namespace) -> None:
-    """CPU seconds against experts, tokens and width, one at a time, as a figure."""
-    import matplotlib.pyplot as plt
+SHAPES = {  # experts, hidden, intermediate, tokens per expert
+    "experts": [(count, 512, 512, 512) for count in (4, 8, 16, 32)],
+    "tokens per expert": [(8, 512, 512, count) for count in (64, 256, 1024, 4096)],
+    "width": [(4, width, width, 512) for width in (256, 512, 1024, 2048)],
+}
 
-    axes_of = {
-        "experts": [(e, 256, 256, 512) for e in (4, 8, 16, 32)],
-        "tokens per expert": [(8, 256, 256, t) for t in (64, 256, 1024, 4096)],
-        "width": [(4, w, w, 512) for w in (128, 256, 512, 1024)],
-    }
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), constrained_layout=True)
-    for panel, (title, shapes) in zip(panels, axes_of.items(), strict=True):
-        x = [shape[{"experts": 0, "tokens per expert": 3, "width": 1}[title]] for shape in shapes]
-        y = [run_ours(make_problem(*shape), arguments.formats.split(",")[0], "full")[1] for shape in shapes]
-        print(title, {key: round(value, 3) for key, value in zip(x, y, strict=True)}, flush=True)
-        panel.loglog(x, y, marker="o")
-        panel.set(title=title, xlabel=title, ylabel="CPU seconds a layer")
-    figure.savefig(arguments.figure)
+
+def scale(arguments: argparse.Namespace) -> None:
+    """CPU seconds against experts, tokens and width, one at a time, the best of three, as a figure."""
+    format_name, found = arguments.formats.split(",")[0], {}
+    for name, shapes in SHAPES.items():
+        place = {"experts": 0, "width": 1, "tokens per expert": 3}[name]
+        found[name] = {
+            shape[place]: min(run_ours(problem, format_name, "full")[1] for _ in range(3))
+            for shape, problem in ((shape, make_problem(*shape)) for shape in shapes)
+        }
+        print(name, {count: round(seconds, 3) for count, seconds in found[name].items()}, flush=True)
+    save_figure(lambda: drawn(found), Path(arguments.figure))
+
+
+def drawn(found: dict[str, dict[int, float]]) -> Figure:
+    """One panel for what varies, both axes in powers of two."""
+    figure, axes = panels(1, len(found))
+    for panel, (name, points) in zip(axes, found.items(), strict=True):
+        panel.loglog(list(points), list(points.values()), marker="o", base=2)
+        panel.set_xticks(list(points), [str(count) for count in points])
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set(xlabel=name, ylabel="CPU seconds a layer")
+    return figure
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import write_checkpoint
+from tiny import OLMOE, write_checkpoint
 
 import aqtx
+from aqtx.accounting import kept_bytes, original_bytes
 from aqtx.alpha_table import COLUMNS, alpha_csv
 from aqtx.errors import InputError
 from aqtx.formats import fake_quantize, parse
@@ -93,6 +94,16 @@ def test_budget_bytes_counts_every_stored_tensor(annotated: Program) -> None:
     assert (
         sum(entry.bytes for entry in plan.sites.values()) + _not_sites(annotated) == kept + EXPERTS * 128 * 64 * 5 // 8
     )
+
+
+def test_a_tied_head_counts_once(tmp_path: Path) -> None:
+    config = {key: value for key, value in OLMOE.items() if "expert" not in key}
+    program = aqtx.trace(write_checkpoint(tmp_path, config | {"model_type": "llama", "tie_word_embeddings": True}))
+    assert program.tied() == {"lm_head.weight"}
+    matrices = sum(site.numel * 2 for site in program.sites() if site.category != "lm_head")
+    norms_and_embedding = (5 * 128 + 192 * 128) * 2
+    assert kept_bytes(program, program.sites()) == norms_and_embedding
+    assert original_bytes(program) == norms_and_embedding + matrices
 
 
 def _not_sites(program: Program) -> int:

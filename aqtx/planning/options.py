@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aqtx.accounting import kept_bytes
 from aqtx.categories import select
 from aqtx.errors import InputError
 from aqtx.formats.table import Format, parse
@@ -142,17 +143,10 @@ def limit(program: Program, options: Options, settings: Settings) -> float | Non
         return budget
     if settings.budget_bytes is None:
         return None
-    kept = kept_bytes(program, options)
+    kept = kept_bytes(program, options.sites)
     if settings.budget_bytes < kept + least:
         raise InputError(
             f"budget_bytes {settings.budget_bytes:,} is below the smallest possible, {kept + least:,.0f}: "
             f"{kept:,} for what is kept and {least:,.0f} for the planned sites"
         )
     return settings.budget_bytes - kept
-
-
-def kept_bytes(program: Program, options: Options) -> int:
-    """Bytes of all stored tensors beside the planned sites: kept sites, embeddings, norms, biases."""
-    specs = program.weights.specs
-    planned = sum(site.numel * specs[site.weight].dtype.itemsize for site in options.sites)
-    return sum(spec.numel * spec.dtype.itemsize for spec in specs.values()) - planned

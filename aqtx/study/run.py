@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from aqtx.accounting import kept_bytes
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.fingerprint import source_hashes
@@ -100,10 +101,8 @@ class Study:
 
     def _bytes(self, plan: Plan) -> int:
         """Bytes of the whole model under a plan."""
-        specs = self.program.weights.specs
-        total = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
-        itemsize = self.program.dtype.itemsize
-        return total - sum(entry.numel * itemsize - entry.bytes for entry in plan.planned.values())
+        planned = [site for site in self.program.sites() if site.name in plan.planned]
+        return kept_bytes(self.program, planned) + sum(entry.bytes for entry in plan.planned.values())
 
     def _scores(self, model: RoundedModel, formats: dict[str, str | None], name: str) -> DocumentScores:
         """Scores of the model under a plan, kept by the plan's content."""
