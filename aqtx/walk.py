@@ -41,7 +41,7 @@ class Walk:
                 payload = self._round(block, weights, planned)
                 records.save(block.index, [site.name for site in planned], payload)
             elif self.rounder.settings.rounded_inputs:
-                take_codes(self.runner.program, weights, planned)
+                take_codes(self.runner.program.codes, weights, planned)
             rows += payload["sites"]
             channels += payload["channels"]
             if block.index < last:

@@ -126,6 +126,15 @@ def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format, num_columns: i
     )
 
 
+def dequantize(qdata: Tensor, scales: Scales, fmt: Format, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """The values of one packed matrix, bit for bit those of `QuantizedTensor.dequantize`."""
+    scale, zero_point, per_tensor = scales
+    spec = spec_of(fmt, num_columns)
+    return torch.ops.aqtx_cpu.dequantize(
+        qdata.contiguous(), scale.contiguous(), zero_point, per_tensor, spec, num_columns, dtype
+    )
+
+
 def can_quantize(weight: Tensor, fmt: Format) -> bool:
     """MX formats whose exponent follows from the largest weight, on a CPU."""
     known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
