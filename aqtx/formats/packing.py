@@ -12,6 +12,8 @@ elements with one shift and one mask, which is what vector units (and Inductor's
 interleaved neighbours would need a shuffle per load. Rows are padded with zero codes to whole slabs.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -83,22 +85,31 @@ def to_disk_order(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     num_columns = codes.shape[-1]
-    padded = pad(codes, (0, -num_columns % 8)).unflatten(-1, (-1, 8))
-    word = torch.zeros_like(padded[..., 0], dtype=torch.int64)
-    for index in range(8):  # eight codes are `bits` whole bytes
-        word |= padded[..., index].to(torch.int64) << (bits * index)
-    out = torch.stack([(word >> (8 * byte)) & 255 for byte in range(bits)], -1)
-    return out.to(torch.uint8).flatten(-2)[..., : -(-num_columns * bits // 8)].contiguous()
+    count, size, kind = _group(bits)
+    groups = pad(codes, (0, -num_columns % count)).unflatten(-1, (-1, count)).to(kind)
+    word = groups[..., 0].clone()
+    for index in range(1, count):
+        word |= groups[..., index] << (bits * index)
+    out = word if size == 1 else torch.stack([(word >> (8 * byte)) & 255 for byte in range(size)], -1).flatten(-2)
+    return out[..., : -(-num_columns * bits // 8)].to(torch.uint8).contiguous()
 
 
 def from_disk_order(packed: Tensor, bits: int, num_columns: int) -> Tensor:
     """The inverse of `to_disk_order`."""
     if bits == 8:
         return packed
-    bytes_ = pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
-    word = torch.zeros_like(bytes_[..., 0], dtype=torch.int64)
-    for index in range(bits):
-        word |= bytes_[..., index].to(torch.int64) << (8 * index)
+    count, size, kind = _group(bits)
+    groups = pad(packed, (0, -packed.shape[-1] % size)).unflatten(-1, (-1, size)).to(kind)
+    word = groups[..., 0].clone()
+    for index in range(1, size):
+        word |= groups[..., index] << (8 * index)
     mask = (1 << bits) - 1
-    codes = torch.stack([(word >> (bits * index)) & mask for index in range(8)], -1)
-    return codes.to(torch.uint8).flatten(-2)[..., :num_columns]
+    codes = torch.stack([((word >> (bits * index)) & mask).to(torch.uint8) for index in range(count)], -1)
+    return codes.flatten(-2)[..., :num_columns]
+
+
+def _group(bits: int) -> tuple[int, int, torch.dtype]:
+    """The fewest codes that are whole bytes, those bytes, and a dtype that holds them."""
+    count = 8 // math.gcd(bits, 8)
+    size = count * bits // 8
+    return count, size, torch.uint8 if size == 1 else torch.int32
