@@ -41,11 +41,18 @@ class RunDirectory:
                 f"output {self.output} holds files but no finished run ({CHECKSUMS} is not there), and --overwrite "
                 "replaces runs only; choose another output"
             )
+        if self.staging.exists() and any(self.staging.iterdir()) and not self._is_run(self.staging):
+            raise InputError(f"{self.staging} is where this run would work, but no run wrote it; choose another output")
         if self.staging.exists() and not (overwrite or resume):
             raise InputError(
                 f"output {self.output} has an unfinished run beside it ({self.staging.name}); "
                 "pass --resume or --overwrite"
             )
+
+    @staticmethod
+    def _is_run(staging: Path) -> bool:
+        """Whether an unfinished run made the folder: it has its resume points, or all of its files."""
+        return (staging / "work").is_dir() or (staging / CHECKSUMS).exists() or (staging / "config.json").exists()
 
     @property
     def complete(self) -> bool:
@@ -69,7 +76,15 @@ class RunDirectory:
         files = sorted(file for file in self.staging.rglob("*") if file.is_file())
         sums = {file.relative_to(self.staging).as_posix(): sha256(file) for file in files}
         (self.staging / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
-        with tempfile.TemporaryDirectory(prefix=f".{self.output.name}-", dir=self.output.parent) as aside:
-            if self.output.exists():
-                self.output.rename(Path(aside) / "replaced")
+        if not self.output.exists():
             self.staging.rename(self.output)
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f"{self.output.name}.replaced-", dir=self.output.parent))
+        old = self.output.rename(aside / self.output.name)
+        try:
+            self.staging.rename(self.output)
+        except BaseException:
+            old.rename(self.output)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)

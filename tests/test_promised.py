@@ -40,6 +40,13 @@ def test_a_budget_without_end_has_a_bound():
     assert (found.choice.tolist(), found.bound) == ([2, 2], 2.0)
 
 
+def test_a_prior_of_another_dtype_is_taken():
+    found = [
+        aqtx.numerics.gptq(W, H, "int4", num_tokens=9, prior=H.to(dtype)).qdata for dtype in (H.dtype, torch.double)
+    ]
+    assert torch.equal(*found)
+
+
 def test_one_token_count_serves_a_batch():
     stack, moments = torch.stack([W, W]), torch.stack([H, H])
     each = aqtx.numerics.gptq(stack, moments, "mxfp4", num_tokens=[7, 7])
@@ -59,6 +66,9 @@ def test_one_token_count_serves_a_batch():
         (lambda: aqtx.numerics.gptq(W, H, "int4", damp_fraction=math.nan), "damp_fraction"),
         (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=-1), "num_tokens must be counts"),
         (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=3, prior=H * math.nan), "prior holds NaN"),
+        (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=3, prior=-H), "prior is not positive semi-definite"),
+        (lambda: aqtx.numerics.gptq(W, -H, "int4"), "H is not positive semi-definite"),
+        (lambda: aqtx.numerics.gptq(W[:0], H, "int4"), "holds no weights"),
         (lambda: aqtx.numerics.hadamard(W, 0), "order 0"),
         (lambda: aqtx.numerics.hadamard(W.int()), "it takes floats"),
         (lambda: aqtx.formats.quantize(W, None), "named by text"),

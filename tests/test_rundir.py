@@ -1,6 +1,7 @@
 """The output folder: complete or absent, never half, and nothing that existed is lost by accident."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,31 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_complete(tmp_path):
     (run.staging / "report.json").write_text("new")
     run.finish()
     assert (output / "report.json").read_text() == "new"
+
+
+def test_a_swap_that_fails_leaves_the_old_run(tmp_path, monkeypatch):
+    finished(tmp_path / "run", "old")
+    run = RunDirectory(tmp_path / "run", overwrite=True)
+    run.begin({"recipe": 2})
+    rename = Path.rename
+
+    def fail(self, target):
+        if self == run.staging:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        run.finish()
+    assert (tmp_path / "run" / "report.json").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial"]
+
+
+def test_a_folder_in_the_place_of_the_unfinished_run_is_left_alone(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "mine").touch()
+    with pytest.raises(InputError, match="no run wrote it"):
+        RunDirectory(tmp_path / "run", overwrite=True)
 
 
 def test_an_unfinished_run_asks_for_resume_or_overwrite(tmp_path):

@@ -72,7 +72,7 @@ class Columns:
 
     `errors` are weights less GPTQ's values, whose codes are `codes`, and `nearest` weights less the nearest values.
     `bounds` [E, N] are sums of penalty (value - rounded)^2 over columns: the output error under what was factored, as
-    penalties are R_cc^2. Off them goes `share` |error|^2, the part of it that is known to be none of H's.
+    penalties are R_cc^2 and a little more. Off them goes `share` |error|^2, the part that is known to be none of H's.
     """
 
     weights: Tensor

@@ -42,7 +42,8 @@ class Options:
 class Solution:
     """Codes of a batch, and what it took, all [E].
 
-    Errors are sums of d H d^T over rows, on the H given, estimated from 32 to 63 rows at equal distances.
+    Errors are sums of d H d^T over rows, on the H given, estimated from 32 to 63 rows at equal distances
+    (from all where there are fewer).
     """
 
     tensor: QuantizedTensor
@@ -73,7 +74,7 @@ def gptq(  # noqa: PLR0913  (a promised interface)
         damp_fraction: of the mean diagonal, added to the diagonal; raised tenfold where factoring fails.
         order: "activation" rounds the columns of largest H first.
         num_tokens: tokens that H sums over, [E] for a batch or one number for all; None switches shrinkage off.
-        prior: second moment per token to shrink to; None takes H's own trace, evenly spread.
+        prior: second moment per token to shrink to, positive semi-definite; None takes H's own trace, evenly spread.
 
     Raises:
         InputError: shapes do not agree, a value is not finite, or H is not positive semi-definite.
@@ -119,6 +120,7 @@ class Curvature:
         """Shrink, order, damp and factor a batch H [E, K, K]."""
         _check(H, num_tokens, prior, options)
         H = H.to(torch.float32)
+        num_tokens, prior = (None if x is None else x.to(H) for x in (num_tokens, prior))
         target, n0 = (H, H.new_zeros(len(H))) if num_tokens is None else shrink(H, num_tokens, prior)
         tight = num_tokens is None or prior is None
         share = n0 * isotropic_scale(H, num_tokens) if num_tokens is not None and tight else torch.zeros_like(n0)
@@ -189,6 +191,8 @@ def _encode(codes: Tensor, better: Tensor, W: Tensor, fmt: Format, scales: Scale
 
 def check_weights(W: Tensor, H: Tensor) -> None:
     """InputError unless W [E, N, K] is finite and goes with H [E, K, K]."""
+    if not W.numel():
+        raise InputError(f"W {list(W.shape)} holds no weights")
     if W.dim() != 3 or not W.is_floating_point():
         raise InputError(f"W must be floats [N, K] or [E, N, K], not {W.dtype} {list(W.shape)}")
     if tuple(H.shape) != (len(W), W.shape[2], W.shape[2]):
@@ -208,8 +212,12 @@ def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: 
         problems.append(f"num_tokens must be counts, not {num_tokens.tolist()}")
     if not all_finite(H):
         problems.append("H holds NaN or infinite values")
+    elif bool((H.diagonal(dim1=-2, dim2=-1) < 0).any()):
+        problems.append("H is not positive semi-definite: it has a negative value on its diagonal")
     if prior is not None and not all_finite(prior):
         problems.append("prior holds NaN or infinite values")
+    elif prior is not None and bool((prior.diagonal(dim1=-2, dim2=-1) < 0).any()):
+        problems.append("prior is not positive semi-definite: it has a negative value on its diagonal")
     if options.order not in ORDERS:
         problems.append(f"order must be one of {', '.join(ORDERS)}, not {options.order!r}")
     if not 0 <= options.damp_fraction < math.inf:

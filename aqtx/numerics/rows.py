@@ -8,7 +8,7 @@ for nothing, and from S, the m columns of H with the largest diagonal,
     d H d^T >= |d B|^2,    B = H[:, S] L^-T,    L L^T = H[S, S],
 
 bounds the other's from below (the Schur complement of H[S, S] is positive semi-definite); it grows with every
-column of S. Only rows that the bounds leave open are evaluated.
+column of S. Only rows that the bounds leave open are evaluated. Both hold in exact arithmetic; SLACK is for float32.
 """
 
 from dataclasses import dataclass

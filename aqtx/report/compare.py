@@ -52,6 +52,7 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
     if folder.exists() and not page.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} is there already and holds no {PAGE}; choose another folder for the page")
     make_folder(folder)
+    page.touch()  # the mark that the folder is ours
     figures = folder / "figures"
     shutil.rmtree(figures, ignore_errors=True)
     sections = [html.Section("overview", "Overview", _overview(runs, figures))]
