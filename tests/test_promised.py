@@ -67,6 +67,7 @@ def test_one_token_count_serves_a_batch():
         (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=-1), "num_tokens must be counts"),
         (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=3, prior=H * math.nan), "prior holds NaN"),
         (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=3, prior=-H), "prior is not positive semi-definite"),
+        (lambda: aqtx.numerics.gptq(W, H, "int4", num_tokens=3, prior=H[0]), "prior must be"),
         (lambda: aqtx.numerics.gptq(W, -H, "int4"), "H is not positive semi-definite"),
         (lambda: aqtx.numerics.gptq(W[:0], H, "int4"), "holds no weights"),
         (lambda: aqtx.numerics.hadamard(W, 0), "order 0"),

@@ -216,7 +216,7 @@ def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: 
         problems.append("H is not positive semi-definite: it has a negative value on its diagonal")
     if prior is not None and not all_finite(prior):
         problems.append("prior holds NaN or infinite values")
-    elif prior is not None and bool((prior.diagonal(dim1=-2, dim2=-1) < 0).any()):
+    elif prior is not None and prior.dim() > 1 and bool((prior.diagonal(dim1=-2, dim2=-1) < 0).any()):
         problems.append("prior is not positive semi-definite: it has a negative value on its diagonal")
     if options.order not in ORDERS:
         problems.append(f"order must be one of {', '.join(ORDERS)}, not {options.order!r}")
