@@ -12,7 +12,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from aqtx.huggingface import hook
+from aqtx.checkpoint.huggingface import hook
 
 __version__ = "0.1.0"
 
@@ -22,25 +22,25 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 hook.install()  # checkpoints load through transformers after `import aqtx`
 
 if TYPE_CHECKING:
-    from aqtx.alpha_table import alpha as alpha
-    from aqtx.checkpoint import load as load
-    from aqtx.checkpoint import save as save
+    from aqtx.checkpoint.write import load as load
+    from aqtx.checkpoint.write import save as save
     from aqtx.errors import InputError as InputError
-    from aqtx.pipeline import run as run
-    from aqtx.program import Program as Program
-    from aqtx.runner import apply as apply
-    from aqtx.tracing import trace as trace
+    from aqtx.program.program import Program as Program
+    from aqtx.program.trace import trace as trace
+    from aqtx.runs.apply import apply as apply
+    from aqtx.runs.pipeline import run as run
+    from aqtx.sensitivity.alpha_table import alpha as alpha
 
 # name -> the module that defines it (PEP 562)
 _HOMES = {
     "InputError": "aqtx.errors",
-    "Program": "aqtx.program",
-    "trace": "aqtx.tracing",
-    "alpha": "aqtx.alpha_table",
-    "apply": "aqtx.runner",
-    "run": "aqtx.pipeline",
-    "save": "aqtx.checkpoint",
-    "load": "aqtx.checkpoint",
+    "Program": "aqtx.program.program",
+    "trace": "aqtx.program.trace",
+    "alpha": "aqtx.sensitivity.alpha_table",
+    "apply": "aqtx.runs.apply",
+    "run": "aqtx.runs.pipeline",
+    "save": "aqtx.checkpoint.write",
+    "load": "aqtx.checkpoint.write",
 }
 _MODULES = ("formats", "numerics")
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from aqtx.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from aqtx.program import Program, Site
+    from aqtx.program.program import Program, Site
 
 Item = TypeVar("Item")
 _CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def load_passes() -> dict[str, type[Pass]]:
 
 def build(name: str, fields: dict[str, Any], where: str) -> tuple[Pass | None, list[str]]:
     """The pass of a recipe entry, or the problems that stand against it."""
-    from aqtx.schema import parse_fields
+    from aqtx.runs.schema import parse_fields
 
     passes = load_passes()
     if name not in passes:

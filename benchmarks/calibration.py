@@ -26,17 +26,17 @@ import numpy as np
 import torch
 
 import aqtx
-from aqtx import ebss
 from aqtx.commands.summary import format_interval
+from aqtx.evaluate.intervals import paired_change
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
 from aqtx.passes.quantize import Quantize
-from aqtx.pipeline import Run
-from aqtx.program import Program
+from aqtx.program.program import Program
 from aqtx.registry import Context, Pass
-from aqtx.text import CalibrationSpec, Tokenizer, calibration, evaluation, load_tokenizer
+from aqtx.runs.pipeline import Run
+from aqtx.text import self_sampling
+from aqtx.text.tokens import CalibrationSpec, Tokenizer, calibration, evaluation, load_tokenizer
 from benchmarks.arms import measured
 
 Found = dict[str, dict[str, Any]]
@@ -84,11 +84,18 @@ def draw(row: Row, size: str, seed: int) -> dict[str, Any]:
     source = "builtin" if row.tau is None else "ebss"
     spec = CalibrationSpec(source=source, num_sequences=num_sequences, sequence_length=length, tau=row.tau)
     started = time.perf_counter()
-    ids = calibration(spec, tokenizer, seed) if row.tau is None else ebss.calibration(program, spec, seed, None)
+    ids = (
+        calibration(spec, tokenizer, seed) if row.tau is None else self_sampling.calibration(program, spec, seed, None)
+    )
     seconds = time.perf_counter() - started
-    usage = ebss.usage_of(program, ids)  # [L, E]
+    usage = self_sampling.usage_of(program, ids)  # [L, E]
     share = usage / usage.sum(-1, keepdim=True)
-    balance = {"sigma": ebss.deviation(usage), "largest": share.max(), "smallest": share.min(), "emptiest": usage.min()}
+    balance = {
+        "sigma": self_sampling.deviation(usage),
+        "largest": share.max(),
+        "smallest": share.min(),
+        "emptiest": usage.min(),
+    }
     return {"ids": ids.tolist(), "seconds": seconds, **{name: float(value) for name, value in balance.items()}}
 
 

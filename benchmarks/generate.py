@@ -31,10 +31,10 @@ Decode = Callable[[int], float]
 def decoder(source: str, format_name: str) -> tuple[Decode, int]:
     """(a function that decodes n tokens and returns its CPU seconds, bytes of the weights)."""
     import aqtx
-    from aqtx.generate import Generator
     from aqtx.passes.assign_plan import AssignPlan
     from aqtx.passes.emit import Emit
     from aqtx.passes.quantize import Quantize
+    from aqtx.program.generate import Generator
 
     program = aqtx.trace(source, dtype=torch.bfloat16)
     if format_name != "bf16":

@@ -41,14 +41,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aqtx.blockwise.gptq_block import POOL_STRIDE, SHARES, SOLVE_BYTES
+from aqtx.blockwise.input_moments import Moments
 from aqtx.formats import QuantizedTensor, fake_quantize, parse
 from aqtx.formats.scales import Scales, to_blocks
 from aqtx.formats.table import Format
-from aqtx.moments import Moments
 from aqtx.numerics.gptq import Curvature, Options
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.report.canvas import panels, save_figure
-from aqtx.round_block import POOL_STRIDE, SHARES, SOLVE_BYTES
 from benchmarks.gptq_problem import held_out_error, make_problem
 
 PROJECTIONS = ("gate", "up", "down")

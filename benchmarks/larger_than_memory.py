@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aqtx.checkpoint.shards import write_shards
 from aqtx.models import build, load_config
-from aqtx.shards import write_shards
-from aqtx.tensor_names import NamesTable
+from aqtx.program.names import NamesTable
 
 CONFIG = Path(__file__).parent / "configs" / "OLMoE-1B-7B" / "config.json"
 POOL = 1 << 25  # random numbers that all matrices are cut from, at places of their own

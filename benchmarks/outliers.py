@@ -8,11 +8,11 @@ have such channels by themselves; the shipped model is too small to have grown a
 import torch
 from torch import Tensor, fx
 
-from aqtx.attention_path import ATTENTION
-from aqtx.changes import Scale
-from aqtx.program import Program
-from aqtx.residual import NORM, readers
-from aqtx.rowwise import Unproven, aten, is_linear, weight_name
+from aqtx.program.program import Program
+from aqtx.program.weight_changes import Scale
+from aqtx.rotation.attention_path import ATTENTION
+from aqtx.rotation.residual_stream import NORM, readers
+from aqtx.rotation.row_ops import Unproven, aten, is_linear, weight_name
 
 
 def plant(program: Program, *, factor: float = 4.0, share: float = 0.03, seed: int = 0) -> None:

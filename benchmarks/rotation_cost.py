@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import aqtx
-from aqtx.pipeline import run
-from aqtx.program import Program
+from aqtx.program.hadamard_op import OP, buffers
+from aqtx.program.program import Program
 from aqtx.registry import build
-from aqtx.rotation_op import OP, buffers
+from aqtx.runs.pipeline import run
 
 
 class Gated(nn.Module):

@@ -18,15 +18,15 @@ import torch
 
 import aqtx
 from aqtx.commands.summary import format_interval
+from aqtx.evaluate.intervals import paired_change
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.quantize import Quantize
 from aqtx.passes.unfreeze_router import UnfreezeRouter
-from aqtx.pipeline import Run
 from aqtx.registry import Context
-from aqtx.text import CalibrationSpec, calibration, evaluation, load_tokenizer
+from aqtx.runs.pipeline import Run
+from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
 
 
 def measure(fmt: str, training: FinetuneRouter, text: CalibrationSpec, *, held_out_only: bool) -> dict[str, Any]:

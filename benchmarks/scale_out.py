@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import aqtx
+from aqtx.checkpoint.locate import locate
+from aqtx.checkpoint.shards import write_shards
 from aqtx.formats import QuantizedTensor
-from aqtx.locate import locate
 from aqtx.models import load_config
-from aqtx.shards import write_shards
 from benchmarks.larger_than_memory import random_tensors
 
 SIZES = {

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aqtx.program import LINEAR, Program, Site, weight_node
+from aqtx.program.program import LINEAR, Program, Site, weight_node
 from aqtx.registry import Context
-from aqtx.rowwise import is_linear
+from aqtx.rotation.row_ops import is_linear
 from aqtx.sensitivity.rounded_run import calibrated, results
 
 

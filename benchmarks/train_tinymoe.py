@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aqtx.formats.grouped import grouped_linear
+from aqtx.formats.grouped_linear import grouped_linear
 from aqtx.models.olmoe import Olmoe, OlmoeConfig
 
 EXPERTS_A_TOKEN = 4

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aqtx.formats.grouped import grouped_linear
+from aqtx.formats.grouped_linear import grouped_linear
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 

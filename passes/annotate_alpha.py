@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, Literal
 
 from aqtx.errors import InputError
+from aqtx.machine.ranks import current
 from aqtx.numerics.alpha import AlphaStats, analyze, check_options
-from aqtx.program import Program, Site
-from aqtx.ranks import current
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.sensitivity.selection import selected_sites
 

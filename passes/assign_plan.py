@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqtx.errors import problems_of
-from aqtx.plan import Plan
 from aqtx.planning.decide import decide
 from aqtx.planning.manual import read_manual
 from aqtx.planning.options import DEGENERATE, choose
 from aqtx.planning.settings import Settings
-from aqtx.program import Program, Site
+from aqtx.program.plan import Plan
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.sensitivity.selection import unique_sites
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aqtx.errors import InputError
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from aqtx.changes import Scale
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
+from aqtx.program.weight_changes import Scale
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.residual import NORM, readers
-from aqtx.rotation import check_plain
-from aqtx.rowwise import Unproven, aten, weight_name
+from aqtx.rotation.residual_stream import NORM, readers
+from aqtx.rotation.row_ops import Unproven, aten, weight_name
+from aqtx.rotation.select import check_plain
 
 
 @register("fold_norms")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from aqtx.fusion import Fusion, fuse_heads, fuse_stream
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.residual import residual_stream
-from aqtx.rotation import check_plain, input_rotation
-from aqtx.rowwise import Unproven, is_hadamard, weight_name
+from aqtx.rotation.fusion import Fusion, fuse_heads, fuse_stream
+from aqtx.rotation.residual_stream import residual_stream
+from aqtx.rotation.row_ops import Unproven, is_hadamard, weight_name
+from aqtx.rotation.select import check_plain, input_rotation
 
 
 @register("fuse_hadamard")

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aqtx.blocks import split_blocks
-from aqtx.calibrate import Runner
-from aqtx.ebss import FILE_NAME as SAMPLED
-from aqtx.memory import PeakMemory, free_bytes
+from aqtx.blockwise.block_records import BlockRecords
+from aqtx.blockwise.block_runner import Runner
+from aqtx.blockwise.block_stream import Stream, scratch_folder
+from aqtx.blockwise.gptq_block import BlockRounder, Settings
+from aqtx.blockwise.gptq_model import Walk
+from aqtx.machine.memory import PeakMemory, free_bytes
+from aqtx.machine.ranks import current
 from aqtx.numerics.gptq import Options
-from aqtx.program import Program, Site
-from aqtx.ranks import current
+from aqtx.program.blocks import split_blocks
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
-from aqtx.resume import BlockRecords
-from aqtx.rotation import check_planned
-from aqtx.round_block import BlockRounder, Settings
-from aqtx.stream import Stream, scratch_folder
-from aqtx.walk import Walk
+from aqtx.rotation.select import check_planned
+from aqtx.text.self_sampling import FILE_NAME as SAMPLED
 
 
 @register("gptq")

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aqtx.changes import Rotate
 from aqtx.errors import InputError, problems_of
 from aqtx.numerics.hadamard import is_order
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
+from aqtx.program.weight_changes import Rotate
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.rotation import check_plain, input_rotation, select_named, select_sites
+from aqtx.rotation.select import check_plain, input_rotation, select_named, select_sites
 
 
 @register("insert_hadamard")

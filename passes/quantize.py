@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from aqtx.errors import InputError
 from aqtx.formats import quantize
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
-from aqtx.rotation import check_planned
+from aqtx.rotation.select import check_planned
 
 
 @register("quantize")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.registry import Changes, Context, Pass, register
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.models import build, load_config
 from aqtx.models.decoder import CausalLM
-from aqtx.reader import CheckpointReader
-from aqtx.tensor_names import NamesTable
+from aqtx.program.names import NamesTable
 
 SMALL = {
     "vocab_size": 96,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.numerics.allocate import Allocation, allocate
-from aqtx.numerics.core_search import refine
 from aqtx.numerics.knapsack import Problem, prove, relax
+from aqtx.numerics.knapsack_core import refine
 
 BITS = torch.tensor([3.125, 4.25, 6.25, 8.25], dtype=torch.float64)
 
@@ -71,7 +71,7 @@ def test_falls_back_to_highs_where_the_search_is_cut_off(monkeypatch: pytest.Mon
     cost, size = model_like(30, 1, (128, 200, 704))
     budget = float(size[:, 1].sum()) * 1.1
     expected = allocate(cost, size, budget, exact=True)
-    monkeypatch.setattr("aqtx.numerics.core_search.MAX_STATES", 1)
+    monkeypatch.setattr("aqtx.numerics.knapsack_core.MAX_STATES", 1)
     assert allocate(cost, size, budget, exact=True).cost == pytest.approx(expected.cost, rel=1e-12)
 
 

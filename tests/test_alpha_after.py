@@ -5,12 +5,12 @@ import csv
 import pytest
 import torch
 
-from aqtx.alpha_after import write_alpha_after
 from aqtx.numerics import alpha_hill
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.quantize import Quantize
+from aqtx.program.trace import trace
 from aqtx.registry import Context
-from aqtx.tracing import trace
+from aqtx.sensitivity.alpha_after import write_alpha_after
 from tests.tiny import random_model
 
 

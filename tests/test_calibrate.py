@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aqtx.blocks import evaluate, split_blocks
-from aqtx.calibrate import Runner, Want, waves_of
-from aqtx.moments import Moments, add_outer, mirror
-from aqtx.program import Program
-from aqtx.routing import find_gate_scores, is_inside_experts
-from aqtx.stream import Stream
-from aqtx.tracing import trace
+from aqtx.blockwise.block_runner import Runner, Want, waves_of
+from aqtx.blockwise.block_stream import Stream
+from aqtx.blockwise.input_moments import Moments, add_outer, mirror
+from aqtx.program.blocks import evaluate, split_blocks
+from aqtx.program.gate_scores import find_gate_scores, is_inside_experts
+from aqtx.program.program import Program
+from aqtx.program.trace import trace
 from tests.tiny import random_model
 
 CPU = torch.device("cpu")

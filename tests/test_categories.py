@@ -2,7 +2,7 @@
 
 import pytest
 
-from aqtx.categories import category_of, select
+from aqtx.program.roles import category_of, select
 
 ROLES = {
     "model.layers.0.self_attn.q_proj": "attn_q",

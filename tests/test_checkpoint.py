@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import aqtx
-from aqtx.accounting import account
 from aqtx.errors import InputError
 from aqtx.passes.emit import Emit
 from aqtx.passes.quantize import Quantize
-from aqtx.pipeline import Run
+from aqtx.program.accounting import account
 from aqtx.registry import Context
+from aqtx.runs.pipeline import Run
 from tests.tiny import write_checkpoint
 
 IDS = torch.randint(0, 192, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aqtx import cli
-from aqtx.locate import shipped
+from aqtx.checkpoint.locate import shipped
 
 UP = "model.layers.2.mlp.experts.5.up_proj.weight"
 PLAN = "passes.1.assign_plan"

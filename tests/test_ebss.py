@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-import aqtx.ebss as ebss
+import aqtx.text.self_sampling as ebss
 from aqtx.errors import InputError
-from aqtx.program import Program
-from aqtx.recipe import parse_recipe
-from aqtx.text import CalibrationSpec
-from aqtx.text_sources import read_passages
-from aqtx.tracing import trace
+from aqtx.program.program import Program
+from aqtx.program.trace import trace
+from aqtx.runs.recipe import parse_recipe
+from aqtx.text.sources import read_passages
+from aqtx.text.tokens import CalibrationSpec
 from tests.tiny import OLMOE, random_model
 
 LENGTH = ebss.SLOTS + 8  # the cache grows once

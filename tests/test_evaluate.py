@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
-from aqtx.evaluate.perplexity import DocumentScores, cut_windows, evaluate_perplexity
-from aqtx.evaluate.statistics import (
+from aqtx.evaluate.intervals import (
     bootstrap_ratio,
     paired_change,
     paired_difference,
     perplexity_interval,
     perplexity_report,
 )
-from aqtx.text import Document
+from aqtx.evaluate.perplexity import DocumentScores, cut_windows, evaluate_perplexity
+from aqtx.text.tokens import Document
 
 VOCAB = 11
 

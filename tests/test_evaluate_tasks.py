@@ -27,7 +27,7 @@ def folder(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program():
-    from aqtx.tracing import trace
+    from aqtx.program.trace import trace
 
     return trace("tinymoe", torch.float32)
 
@@ -35,8 +35,8 @@ def program():
 @pytest.fixture(scope="module")
 def ours(program):
     from aqtx.evaluate.lm import ProgramLM
-    from aqtx.generate import Generator
-    from aqtx.text import load_tokenizer
+    from aqtx.program.generate import Generator
+    from aqtx.text.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(program.folder)
     return ProgramLM(program.module(), tokenizer, max_length=512, generator=lambda: Generator(program), batch_size=5)
@@ -78,12 +78,12 @@ def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(progra
     from lm_eval.models.huggingface import HFLM
 
     import aqtx
+    from aqtx.checkpoint.export import dequantized
     from aqtx.evaluate.lm import ProgramLM
-    from aqtx.export import dequantized
     from aqtx.passes.emit import Emit
     from aqtx.passes.quantize import Quantize
+    from aqtx.program.trace import trace
     from aqtx.registry import Context
-    from aqtx.tracing import trace
 
     quantized = trace("tinymoe", torch.float32)
     for site in quantized.sites():
@@ -183,18 +183,18 @@ def test_differing_items_are_listed_with_their_gaps():
 
 
 def test_a_recipes_tasks_are_paired_logged_and_not_run_twice(ours, folder, tmp_path, monkeypatch):
-    from aqtx.evaluate import recipe_tasks
-    from aqtx.recipe import EvaluateSpec
+    from aqtx.runs import task_scores
+    from aqtx.runs.recipe import EvaluateSpec
 
     spec = EvaluateSpec(tasks=("piqa",), include_path=str(folder))
     monkeypatch.setattr(
-        recipe_tasks, "run_program_tasks", lambda _, settings: run_tasks(ours, settings.tasks, include_path=folder)
+        task_scores, "run_program_tasks", lambda _, settings: run_tasks(ours, settings.tasks, include_path=folder)
     )
     log = tmp_path / "samples" / "before.json"
-    first = recipe_tasks.score_tasks(None, spec, log)
-    monkeypatch.setattr(recipe_tasks, "run_program_tasks", None)
-    again = recipe_tasks.score_tasks(None, spec, log)
-    entry = recipe_tasks.tasks_report(first, again, seed=0)["piqa"]
+    first = task_scores.score_tasks(None, spec, log)
+    monkeypatch.setattr(task_scores, "run_program_tasks", None)
+    again = task_scores.score_tasks(None, spec, log)
+    entry = task_scores.tasks_report(first, again, seed=0)["piqa"]
     assert entry["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert (entry["metric"], entry["num_items"]) == ("acc_norm", 6)
     assert len(json.loads(log.read_text())["piqa"]["samples"]) == 6

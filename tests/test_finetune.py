@@ -15,9 +15,9 @@ from aqtx.finetune.routed import routed
 from aqtx.formats import quantize
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.unfreeze_router import UnfreezeRouter
-from aqtx.program import Program
+from aqtx.program.program import Program
+from aqtx.program.trace import trace
 from aqtx.registry import Changes, Context
-from aqtx.tracing import trace
 from tests.tiny import OLMOE, random_model
 
 QUICK = {"epochs": 3, "batch_size": 2, "learning_rate": 3e-4, "checks": 3}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aqtx.formats import parse
-from aqtx.formats.rounding import code_to_value, round_value, value_to_code
+from aqtx.formats.elements import code_to_value, round_value, value_to_code
 from aqtx.formats.scales import decode_e8m0
 from tests.formats.cases import DTYPES, INTS, MX, ORACLE, boundary_values, every_finite, oracle_round, oracle_values
 

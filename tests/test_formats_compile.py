@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aqtx.formats import activation, kernel, quantize, slabs
-from aqtx.formats.grouped import grouped_linear
+from aqtx.formats import activation, kernel, one_row, quantize
+from aqtx.formats.grouped_linear import grouped_linear
 from tests.formats.cases import normal
 from tests.test_formats_tensor import mixed
 
@@ -95,7 +95,7 @@ def test_one_row_in_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for num_columns in (128, 256, 192, 96):
         made = quantize(normal(16, num_columns), name)
         x = normal(1, 1, num_columns)
-        assert slabs.fits(made) or num_columns in (96, 192)
+        assert one_row.fits(made) or num_columns in (96, 192)
         torch.testing.assert_close(F.linear(x, made), F.linear(x, made.dequantize()), rtol=1e-5, atol=1e-4)
 
 
@@ -104,7 +104,7 @@ def test_a_changed_lowering_is_not_served_stale(
     hash_follows: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The compile cache must tell the code behind the dispatch apart; the control shows that it would not by itself."""
-    from aqtx.formats import linear, tensor
+    from aqtx.formats import packed_linear, tensor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     made, x = quantize(normal(16, 64), "mxfp4"), normal(3, 64)
@@ -116,8 +116,8 @@ def test_a_changed_lowering_is_not_served_stale(
             return torch.compile(lambda x, w: F.linear(x, w), fullgraph=True)(x, made)
 
     torch.testing.assert_close(compiled(), plain)
-    lower = linear.lower
-    monkeypatch.setattr(linear, "lower", lambda x, weight, bias: 2 * lower(x, weight, bias))
+    lower = packed_linear.lower
+    monkeypatch.setattr(packed_linear, "lower", lambda x, weight, bias: 2 * lower(x, weight, bias))
     if hash_follows:
         monkeypatch.setattr(tensor, "SOURCE_HASH", "the code changed")
     torch.testing.assert_close(compiled(), 2 * plain if hash_follows else plain)

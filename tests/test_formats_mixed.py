@@ -6,8 +6,8 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.formats import MixedExperts, quantize
-from aqtx.formats.grouped import grouped_linear
-from aqtx.formats.grouped_packed import lowering
+from aqtx.formats.grouped_linear import grouped_linear
+from aqtx.formats.grouped_linear_packed import lowering
 from tests.formats.cases import EVERY, normal
 from tests.test_formats_tensor import MIX, mixed
 

@@ -8,7 +8,7 @@ import torch
 from model_cases import CASES, oracle, token_ids
 
 import aqtx
-from aqtx.generate import Generator
+from aqtx.program.generate import Generator
 
 LENGTHS, NEW = (7, 3, 11), 9
 FAST = ("olmoe", "mistral-window")

@@ -6,9 +6,9 @@ import torch
 from aqtx.errors import InputError
 from aqtx.formats import kernel, names, parse, quantize
 from aqtx.numerics.cholesky import factor
-from aqtx.numerics.columns import columns_first
 from aqtx.numerics.gptq import Options, gptq, solve
-from aqtx.numerics.rows import Differences, better_rows, bound_basis, row_errors
+from aqtx.numerics.gptq_columns import columns_first
+from aqtx.numerics.gptq_rows import Differences, better_rows, bound_basis, row_errors
 
 EXTRA = [
     "int4_asym",

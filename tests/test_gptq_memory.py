@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from aqtx.memory import PeakMemory
+from aqtx.machine.memory import PeakMemory
 from aqtx.passes.gptq import Gptq
+from aqtx.program.trace import trace
 from aqtx.registry import Context
-from aqtx.tracing import trace
 from tests.tiny import OLMOE
 
 LIMIT = 1_000_000_000

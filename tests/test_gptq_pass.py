@@ -14,9 +14,9 @@ import torch
 from aqtx.errors import InputError
 from aqtx.formats import quantize
 from aqtx.passes.gptq import Gptq
-from aqtx.program import Program
+from aqtx.program.program import Program
+from aqtx.program.trace import trace
 from aqtx.registry import Changes, Context
-from aqtx.tracing import trace
 from tests.tiny import OLMOE, random_model, write_checkpoint
 
 KEPT = ("router", "lm_head")

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import aqtx
+from aqtx.evaluate.intervals import paired_change
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
-from aqtx.pipeline import Run
-from aqtx.program import Program
+from aqtx.program.program import Program
 from aqtx.registry import Context
-from aqtx.text import CalibrationSpec, Document, calibration, evaluation, load_tokenizer
+from aqtx.runs.pipeline import Run
+from aqtx.text.tokens import CalibrationSpec, Document, calibration, evaluation, load_tokenizer
 
 FEW = CalibrationSpec(num_sequences=2, sequence_length=128)
 

@@ -90,7 +90,7 @@ def test_rotation_helps_outliers_and_leaves_gaussian_data_alone():
 
 @pytest.mark.parametrize("block", [32, 256])
 def test_node_compiles_without_a_break(block):
-    from aqtx.rotation_op import OP, buffers
+    from aqtx.program.hadamard_op import OP, buffers
 
     signs = buffers(block, 1, torch.float32)
 

@@ -13,7 +13,7 @@ from test_huggingface_trace import foreign
 from transformers import AutoModelForCausalLM
 
 import aqtx
-from aqtx.export import dequantized
+from aqtx.checkpoint.export import dequantized
 from aqtx.formats import quantize
 from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
@@ -82,7 +82,7 @@ def test_quantized_activations_reload(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2-moe", *slow("qwen3")])
 def test_bfloat16_gives_the_same_greedy_tokens(name: str, tmp_path: Path) -> None:
-    from aqtx.generate import Generator
+    from aqtx.program.generate import Generator
 
     oracle(name).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "quantized", tmp_path / "source")

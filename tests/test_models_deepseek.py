@@ -13,7 +13,7 @@ from model_cases import randomize, token_ids
 from numpy.typing import NDArray
 
 from aqtx.models.deepseek import Deepseek
-from aqtx.tensor_names import NamesTable
+from aqtx.program.names import NamesTable
 
 Array = NDArray[np.float64]
 CONFIG: dict[str, Any] = {

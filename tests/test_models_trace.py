@@ -14,7 +14,7 @@ from test_models_deepseek import CONFIG as DEEPSEEK
 from torch import fx, nn
 
 from aqtx.models import build
-from aqtx.tracing import export_entry
+from aqtx.program.trace import export_entry
 
 TRACED = ("olmoe", "mixtral", "qwen2-moe", "qwen3", "mistral-window", "llama-dynamic")
 # Published config.json of the four families, and gigabytes of bf16 weights.
@@ -116,9 +116,9 @@ def test_blocks_do_no_arithmetic_with_sizes(entry: str) -> None:
 
 MEASURE = """
 import json, sys, torch
-from aqtx.memory import peak_bytes
+from aqtx.machine.memory import peak_bytes
 from aqtx.models import build
-from aqtx.tracing import export_entry
+from aqtx.program.tracing import export_entry
 import aqtx.formats.grouped
 with torch.device("meta"):
     model = build(json.loads(sys.argv[1])).eval().to("meta").to(torch.bfloat16)

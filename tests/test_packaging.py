@@ -140,7 +140,7 @@ def test_the_package_imports_without_the_project_root_on_the_path(clone, tmp_pat
         f"assert pathlib.Path(r.__file__).is_relative_to({str(tmp_path)!r}), r.__file__;"
         "assert 'emit' in r.load_passes();"
         "assert not any(u.find_spec(name) for name in ('passes', 'models', 'recipes'));"
-        "from aqtx.recipe import load_recipe; load_recipe('quickstart')"
+        "from aqtx.runs.recipe import load_recipe; load_recipe('quickstart')"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],

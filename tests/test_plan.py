@@ -13,19 +13,19 @@ import torch
 from tiny import OLMOE, write_checkpoint
 
 import aqtx
-from aqtx.accounting import kept_bytes, original_bytes
-from aqtx.alpha_table import COLUMNS, alpha_csv
 from aqtx.errors import InputError
 from aqtx.formats import fake_quantize, parse
 from aqtx.numerics import allocate, alpha_hill
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.annotate_error import AnnotateError
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.pipeline import run
-from aqtx.plan import Plan
-from aqtx.program import Program
+from aqtx.program.accounting import kept_bytes, original_bytes
+from aqtx.program.plan import Plan
+from aqtx.program.program import Program
 from aqtx.registry import Context
-from aqtx.schema import parse_fields
+from aqtx.runs.pipeline import run
+from aqtx.runs.schema import parse_fields
+from aqtx.sensitivity.alpha_table import COLUMNS, alpha_csv
 
 EXPERTS = 24  # 2 layers x 4 experts x 3 projections, all of 128 x 64 weights
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from aqtx.errors import InputError
-from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.manual import compact, expand, read_manual
+from aqtx.program.plan import Plan, PlanEntry
 
 NAMES = [
     *(f"model.layers.{layer}.self_attn.{p}_proj" for layer in (0, 1) for p in "qkvo"),

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 import aqtx
+from aqtx.checkpoint.locate import locate
 from aqtx.formats import MixedExperts, QuantizedTensor
-from aqtx.locate import locate
 from tests.tiny import OLMOE, write_checkpoint
 
 PASSES = [

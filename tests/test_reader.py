@@ -8,10 +8,10 @@ import torch
 from model_cases import CASES, oracle, ours, token_ids
 from safetensors.torch import load_file, save_file
 
+from aqtx.checkpoint.reader import CheckpointReader, locate
 from aqtx.errors import InputError
 from aqtx.models import build, load_config
-from aqtx.reader import CheckpointReader, locate
-from aqtx.tensor_names import NamesTable, stacked_name
+from aqtx.program.names import NamesTable, stacked_name
 
 FAMILIES = ("olmoe", "mixtral", "qwen2-moe", "llama-tied", "qwen3")
 

@@ -15,8 +15,8 @@ import yaml
 import aqtx
 from aqtx import cli
 from aqtx.evaluate import task_files
-from aqtx.recipe import load_recipe, parse_recipe
 from aqtx.registry import PASSES
+from aqtx.runs.recipe import load_recipe, parse_recipe
 from tests.task_wheel import build_wheel
 
 README = Path(__file__).resolve().parent.parent / "README.md"

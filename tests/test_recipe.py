@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from aqtx.errors import InputError
-from aqtx.overrides import parse_overrides, parse_yaml
-from aqtx.recipe import Recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
 from aqtx.registry import PASSES
+from aqtx.runs.recipe import Recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from aqtx.runs.yaml_text import parse_overrides, parse_yaml
 
 MINIMAL = {"version": 1, "model": {"source": "tinymoe"}}
 

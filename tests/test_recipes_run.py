@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import aqtx
-from aqtx.recipe import shipped_recipes
+from aqtx.runs.recipe import shipped_recipes
 
 SMALL = {
     "calibration__num_sequences": 6,

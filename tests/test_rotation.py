@@ -9,12 +9,12 @@ import torch
 
 import aqtx
 from aqtx.formats import quantize
-from aqtx.pipeline import Run
-from aqtx.program import Program
+from aqtx.program.hadamard_op import OP
+from aqtx.program.program import Program
 from aqtx.registry import Context, build
-from aqtx.rotation_op import OP
-from aqtx.state import restore_state, save_state
-from aqtx.verify import compare, probe_batch, probe_outputs
+from aqtx.runs.pipeline import Run
+from aqtx.runs.resume_points import restore_state, save_state
+from aqtx.runs.verify import compare, probe_batch, probe_outputs
 from tests.tiny import OLMOE, random_model
 
 SMALL = OLMOE | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 96}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import aqtx
 from aqtx.errors import InputError
-from aqtx.program import Program
+from aqtx.program.program import Program
 from tests.test_rotation import FUSED, rotated, rotations, tiny
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from aqtx.checkpoint.shards import sha256
 from aqtx.errors import InputError
-from aqtx.fingerprint import first_difference, ids_hash, text_hashes
-from aqtx.rundir import CHECKSUMS, RunDirectory
-from aqtx.shards import sha256
+from aqtx.runs.directory import CHECKSUMS, RunDirectory
+from aqtx.runs.fingerprint import first_difference, ids_hash, text_hashes
 
 
 def finished(output, text="new"):

@@ -7,8 +7,8 @@ import torch
 
 import aqtx
 from aqtx.errors import InputError
-from aqtx.pipeline import Run
-from aqtx.rundir import CHECKSUMS
+from aqtx.runs.directory import CHECKSUMS
+from aqtx.runs.pipeline import Run
 
 RECIPE = {
     "version": 1,

@@ -17,10 +17,10 @@ from aqtx.passes.annotate_fisher import AnnotateFisher
 from aqtx.passes.annotate_hessian import AnnotateHessian
 from aqtx.passes.annotate_trial import AnnotateTrial
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.registry import Context
-from aqtx.rounded import RoundedModel, mean_loss
 from aqtx.sensitivity.calibrated import fit, fit_line
+from aqtx.sensitivity.rounded_model import RoundedModel, mean_loss
 from aqtx.sensitivity.scores import robust_z
 
 FORMATS = ("int3", "mxfp4")

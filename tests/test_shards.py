@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors import safe_open
 
-from aqtx import shards
+from aqtx.checkpoint import shards
 
 
 def tensors():

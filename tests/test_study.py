@@ -14,15 +14,15 @@ from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.plan import Plan
-from aqtx.recipe import Recipe, parse_recipe
+from aqtx.planning.arms import ARMS, StudySpec, arm_of
+from aqtx.program.plan import Plan
 from aqtx.registry import Context
 from aqtx.report import write_report
-from aqtx.schema import parse_fields
+from aqtx.runs.recipe import Recipe, parse_recipe
+from aqtx.runs.schema import parse_fields
 from aqtx.study.run import Study
-from aqtx.study.spec import ARMS, StudySpec, arm_of
 from aqtx.study.verdict import Point, study_json
-from aqtx.text import Document
+from aqtx.text.tokens import Document
 
 SPEC = StudySpec(methods=("alpha", "fisher", "alphaq", "uniform", "random"), average_bits=(3.75,), random_seeds=2)
 

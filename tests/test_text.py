@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
-from aqtx.text import CalibrationSpec, calibration, evaluation
-from aqtx.text_sources import read_passages
+from aqtx.text.sources import read_passages
+from aqtx.text.tokens import CalibrationSpec, calibration, evaluation
 
 
 class Bytes:

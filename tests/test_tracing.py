@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 import aqtx
-from aqtx.program import LINEAR, grouped_linear_op
+from aqtx.program.program import LINEAR, grouped_linear_op
 from tests.tiny import OLMOE, random_model
 
 IDS = torch.randint(0, 192, (3, 17), generator=torch.Generator().manual_seed(1))

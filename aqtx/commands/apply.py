@@ -16,11 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Apply, then print what came of it."""
     from aqtx.commands.summary import summarize
-    from aqtx.recipe import load_recipe
+    from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from aqtx.ranks import joined
-    from aqtx.runner import apply_recipe  # after the recipe: its mistakes are told before anything large is imported
+    from aqtx.machine.ranks import joined
+    from aqtx.runs.apply import (
+        apply_recipe,  # after the recipe: its mistakes are told before anything large is imported
+    )
 
     with joined() as ranks:
         report = apply_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)

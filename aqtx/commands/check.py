@@ -8,11 +8,11 @@ from aqtx.commands import Command, add_recipe
 def run(arguments: argparse.Namespace) -> int:
     """Load the recipe, then hold it against its model; an InputError carries what is wrong."""
     from aqtx.errors import InputError
-    from aqtx.recipe import load_recipe
+    from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from aqtx.preflight import preflight
-    from aqtx.runner import program_of
+    from aqtx.runs.apply import program_of
+    from aqtx.runs.preflight import preflight
 
     if problems := preflight(recipe, program_of(recipe)):
         raise InputError(*problems)

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folder and tell its size."""
     import torch
 
-    from aqtx.export import dequantized
+    from aqtx.checkpoint.export import dequantized
 
     source: Path = arguments.directory
     output = arguments.output or source.with_name(f"{source.name}-{arguments.to}")

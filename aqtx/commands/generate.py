@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the prompt, then each piece of text as soon as its tokens are there."""
-    from aqtx.checkpoint import open_program
-    from aqtx.devices import device_of
+    from aqtx.checkpoint.write import open_program
     from aqtx.errors import InputError
-    from aqtx.generate import Generator
-    from aqtx.text import load_tokenizer
+    from aqtx.machine.devices import device_of
+    from aqtx.program.generate import Generator
+    from aqtx.text.tokens import load_tokenizer
 
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")

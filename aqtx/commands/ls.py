@@ -57,7 +57,7 @@ def _wrap(text: str, indent: int) -> list[str]:
 
 
 def _default(field: "dataclasses.Field[object]") -> str:
-    from aqtx.schema import plain
+    from aqtx.runs.schema import plain
 
     kind = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type).replace("typing.", "")
     if field.default is not dataclasses.MISSING:
@@ -69,7 +69,7 @@ def _default(field: "dataclasses.Field[object]") -> str:
 
 def list_recipes() -> str:
     """Every shipped recipe with the comment at its head."""
-    from aqtx.recipe import shipped_recipes
+    from aqtx.runs.recipe import shipped_recipes
 
     blocks = []
     for name, path in shipped_recipes().items():
@@ -93,7 +93,7 @@ def list_formats() -> str:
 
 def list_models() -> str:
     """The shipped checkpoints, then the architectures by their model_type in config.json."""
-    from aqtx.locate import shipped
+    from aqtx.checkpoint.locate import shipped
     from aqtx.models import MODEL_TYPES
 
     return f"shipped: {', '.join(shipped())}\narchitectures (model_type in config.json): {', '.join(MODEL_TYPES)}"

@@ -10,8 +10,8 @@ from aqtx.commands import Command, add_recipe
 from aqtx.commands.tables import format_bytes, format_table
 
 if TYPE_CHECKING:
-    from aqtx.plan import Plan
-    from aqtx.recipe import Recipe
+    from aqtx.program.plan import Plan
+    from aqtx.runs.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan and print the table, or convert a plan."""
-    from aqtx.recipe import load_recipe
+    from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.expand is not None:
         print(json.dumps(converted(recipe, arguments.expand), indent=1))
         return 0
-    from aqtx.planner import plan_recipe, plan_table
+    from aqtx.runs.plan_only import plan_recipe, plan_table
 
     planned = plan_recipe(recipe, config_only=arguments.config_only)
     print(format_table(*plan_table(planned.plan)))
@@ -66,7 +66,7 @@ def conclusion(plan: "Plan") -> str:
 def converted(recipe: "Recipe", path: Path) -> dict[str, object]:
     """The plan's other form: layers of patterns become a scheme per site, anything else the layered form."""
     from aqtx.planning.manual import compact, expand, load_json, read_manual
-    from aqtx.runner import program_of
+    from aqtx.runs.apply import program_of
 
     data = load_json(str(path))
     names = [site.name for site in program_of(recipe, config_only=True).sites()]

@@ -7,12 +7,12 @@ from aqtx.commands import Command, add_recipe
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the study, then print its table and verdicts."""
-    from aqtx.recipe import load_recipe
+    from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from aqtx.planning.arms import StudySpec
     from aqtx.report import write_report
     from aqtx.study.run import study_recipe
-    from aqtx.study.spec import StudySpec
 
     _, directory = study_recipe(recipe, recipe.study or StudySpec())
     write_report(directory)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from aqtx.errors import InputError
+from aqtx.evaluate.intervals import paired_change, perplexity_interval
 from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity
-from aqtx.evaluate.statistics import paired_change, perplexity_interval
-from aqtx.program import Program
-from aqtx.text import evaluation, load_tokenizer
+from aqtx.program.program import Program
+from aqtx.text.tokens import evaluation, load_tokenizer
 
 _MAX_WINDOW = 2048
 
@@ -113,7 +113,7 @@ def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dty
 
     A plan is applied by rounding to nearest and saved nowhere: the last source comes a second time under it.
     """
-    from aqtx.checkpoint import open_program
+    from aqtx.checkpoint.write import open_program
 
     arms: dict[str, Program] = {}
     for source in sources:
@@ -123,7 +123,7 @@ def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dty
         from aqtx.passes.assign_plan import AssignPlan
         from aqtx.passes.emit import Emit
         from aqtx.passes.quantize import Quantize
-        from aqtx.pipeline import run
+        from aqtx.runs.pipeline import run
 
         planned = open_program(sources[-1].rpartition("=")[2], dtype)
         steps = [AssignPlan(method="manual", plan=str(plan)), Quantize(), Emit()]
@@ -158,7 +158,7 @@ def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any
     """Scores by task of one program, which needs a folder with a tokenizer."""
     from aqtx.evaluate.lm import ProgramLM
     from aqtx.evaluate.tasks import run_tasks
-    from aqtx.generate import Generator
+    from aqtx.program.generate import Generator
 
     if program.folder is None:
         raise InputError("the model has no folder with a tokenizer, so no task can be run")

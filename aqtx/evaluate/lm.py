@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aqtx.errors import InputError
-from aqtx.generate import Generator
+from aqtx.program.generate import Generator
 
 Forward = Callable[[Tensor], Tensor]
 Encoded = tuple[Any, list[int], list[int]]  # key, context, continuation

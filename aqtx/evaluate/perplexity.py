@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.text import Document
+from aqtx.text.tokens import Document
 
 Progress = Callable[..., Iterable[Any]]
 

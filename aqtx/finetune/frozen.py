@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqtx.program import Program
+from aqtx.program.program import Program
 
 
 @dataclass(frozen=True)

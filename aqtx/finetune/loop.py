@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqtx.evaluate.statistics import clearly_less
+from aqtx.evaluate.intervals import clearly_less
 from aqtx.finetune.losses import LossWeights
 from aqtx.finetune.routed import Routed
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from aqtx.program import Program, Site, bind, weight_node
-from aqtx.structure import activation_ops
+from aqtx.program.edits import activation_ops
+from aqtx.program.program import Program, Site, bind, weight_node
 
 ROUTERS = ("router", "shared_expert_gate")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aqtx.formats.codec import fake_quantize
-from aqtx.formats.grouped import group_bounds
+from aqtx.formats.grouped_linear import group_bounds
 from aqtx.formats.table import NVFP4_SCALE, parse
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.formats import kernel
+from aqtx.formats.elements import round_value, value_to_code
 from aqtx.formats.packing import memory_bytes, pack
-from aqtx.formats.rounding import round_value, value_to_code
 from aqtx.formats.scales import (
     E8M0_NAN,
     Affine,

@@ -1,6 +1,6 @@
 """What torch's ops do with a `QuantizedTensor`.
 
-Linears are lowered by `aqtx.formats.linear`; views exist along leading dimensions only, because the
+Linears are lowered by `aqtx.formats.packed_linear`; views exist along leading dimensions only, because the
 columns are packed. Whatever is not listed here raises in the base class with the op's name.
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from aqtx.formats import grouped_packed, linear
+from aqtx.formats import grouped_linear_packed, packed_linear
 from aqtx.formats.tensor import QuantizedTensor
 
 aten = torch.ops.aten
@@ -24,12 +24,12 @@ implements_torch_function: Callable[[Any], Callable[[Any], Any]] = QuantizedTens
 
 @implements_torch_function([F.linear, aten.linear.default, aten.linear])
 def _linear_function(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
-    return torch.ops.aqtx.quantized_linear(*linear.arguments(args, kwargs))
+    return torch.ops.aqtx.quantized_linear(*packed_linear.arguments(args, kwargs))
 
 
 @implements([aten.linear.default, torch.ops.aqtx.quantized_linear.default])
 def _linear(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
-    return linear.lower(*linear.arguments(args, kwargs))
+    return packed_linear.lower(*packed_linear.arguments(args, kwargs))
 
 
 @implements(torch.ops.aqtx.quantized_linear_grad_input.default)
@@ -41,7 +41,7 @@ def _linear_grad_input(func: Any, types: Any, args: Args, kwargs: Named) -> Tens
 @implements(torch.ops.aqtx.grouped_linear.default)
 def _grouped_linear(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
     x, weight, offsets = args
-    return grouped_packed.lower(x, [weight], list(range(weight.shape[0])), offsets)
+    return grouped_linear_packed.lower(x, [weight], list(range(weight.shape[0])), offsets)
 
 
 @implements(torch.ops.aqtx.grouped_linear_grad_input.default)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from aqtx.errors import InputError
-from aqtx.formats import grouped_packed
+from aqtx.formats import grouped_linear_packed
 from aqtx.formats.tensor import SOURCE_HASH, QuantizedTensor
 from aqtx.formats.torchao_base import TorchAOBaseTensor
 
@@ -86,7 +86,7 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[E, N, K] in the experts' order."""
-        return grouped_packed.dequantize_all(self.buckets, list(self.slots), dtype or self.orig_dtype)
+        return grouped_linear_packed.dequantize_all(self.buckets, list(self.slots), dtype or self.orig_dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return [f"bucket{index}" for index in range(self.num_buckets)], (self.slots, self.orig_dtype)
@@ -108,7 +108,8 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
             else f"{bucket.dtype}|{tuple(bucket.shape)}|{bucket.device}"
             for bucket in self.buckets
         ]
-        return f"MixedExperts|{SOURCE_HASH}|{grouped_packed.current_lowering()}|{self.slots}|{self.orig_dtype}|{keys}"
+        lowering = grouped_linear_packed.current_lowering()
+        return f"MixedExperts|{SOURCE_HASH}|{lowering}|{self.slots}|{self.orig_dtype}|{keys}"
 
 
 implements: Callable[[Any], Callable[[Any], Any]] = MixedExperts.implements
@@ -164,7 +165,7 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(torch.ops.aqtx.grouped_linear.default)
 def _grouped_linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, stack, offsets = args
-    return grouped_packed.lower(x, stack.buckets, list(stack.slots), offsets)
+    return grouped_linear_packed.lower(x, stack.buckets, list(stack.slots), offsets)
 
 
 @implements(torch.ops.aqtx.grouped_linear_grad_input.default)

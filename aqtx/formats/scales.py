@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aqtx.formats.rounding import MANTISSA_BITS, code_to_value, round_value, value_to_code
+from aqtx.formats.elements import MANTISSA_BITS, code_to_value, round_value, value_to_code
 from aqtx.formats.table import E8M0, NVFP4_SCALE, Format, parse
 
 E8M0_NAN = 255
@@ -153,7 +153,7 @@ def _encode_e4m3(scale: Tensor) -> Tensor:
 
 
 def _choose_real(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> Affine:
-    from aqtx.formats.search import search_real, settle
+    from aqtx.formats.scale_search import search_real, settle
 
     bounds = block_range(blocks, fmt)
     if fmt.rule == "search":

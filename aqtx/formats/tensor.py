@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from aqtx.formats import kernel
+from aqtx.formats.elements import code_to_value
 from aqtx.formats.packing import from_disk_order, pack, to_disk_order, unpack
-from aqtx.formats.rounding import code_to_value
 from aqtx.formats.scales import Scales, decode_scale
 from aqtx.formats.table import Format, parse
 from aqtx.formats.torchao_base import TorchAOBaseTensor

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.numerics.core_search import refine
 from aqtx.numerics.knapsack import Problem, Solution, prove, relax, smallest
+from aqtx.numerics.knapsack_core import refine
 
 Table = Tensor | np.ndarray | Sequence[Sequence[float]]
 EXACT_PAIRS = 1000  # (site, format) pairs up to which the optimum is proven unasked

@@ -20,8 +20,8 @@ from aqtx.formats.codec import Scales, all_finite, check_finite, choose_scales, 
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
 from aqtx.numerics.cholesky import Factor, factor
-from aqtx.numerics.columns import Grid, columns_first, round_columns, rows_first
-from aqtx.numerics.rows import Differences, better_rows, bound_basis, row_errors
+from aqtx.numerics.gptq_columns import Grid, columns_first, round_columns, rows_first
+from aqtx.numerics.gptq_rows import Differences, better_rows, bound_basis, row_errors
 from aqtx.numerics.shrinkage import isotropic_scale, shrink
 
 Order = Literal["none", "activation"]

@@ -10,18 +10,18 @@ from torch import Tensor
 from aqtx.errors import InputError
 from aqtx.formats.table import parse
 from aqtx.numerics.allocate import Allocation, allocate
-from aqtx.plan import Plan, PlanEntry
+from aqtx.planning.costs import COSTS
 from aqtx.planning.manual import Scheme, read_manual
+from aqtx.planning.measure import prepare
 from aqtx.planning.options import Division, Options, build_options, divide, limit
 from aqtx.planning.rotate import confirmed, measured
 from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
 from aqtx.planning.tiers import TIERS, honour_limits
-from aqtx.program import Program, Site
+from aqtx.program.plan import Plan, PlanEntry
+from aqtx.program.program import Program, Site
 from aqtx.registry import Context
-from aqtx.sensitivity.costs import COSTS
 from aqtx.sensitivity.measured import Request
-from aqtx.sensitivity.prepare import prepare
 from aqtx.sensitivity.selection import unique_sites
 
 

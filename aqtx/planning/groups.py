@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from aqtx.categories import matcher
 from aqtx.errors import InputError, nearest
+from aqtx.program.roles import matcher
 
 # Sites whose captures agree form a group.
 _NAMED: dict[str, tuple[str, ...]] = {

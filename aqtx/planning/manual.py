@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqtx.categories import matcher
 from aqtx.errors import InputError, nearest
-from aqtx.plan import Plan
 from aqtx.planning.schemes import SCHEME_KEYS, SchemeReader
+from aqtx.program.plan import Plan
+from aqtx.program.roles import matcher
 
 _REMARKS = ("summary", "search_summary", "comment")  # for people; nothing reads them
 _UNQUANTIZED = {"skip": True}

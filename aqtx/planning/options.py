@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqtx.accounting import kept_bytes
-from aqtx.categories import select
 from aqtx.errors import InputError
 from aqtx.formats.table import Format, parse
 from aqtx.numerics.allocate import least_size
 from aqtx.planning.groups import group_numbers
 from aqtx.planning.settings import Settings
-from aqtx.program import Program, Site
+from aqtx.program.accounting import kept_bytes
+from aqtx.program.program import Program, Site
+from aqtx.program.roles import select
 from aqtx.sensitivity.selection import unique_sites
 
 _ALPHA_METHODS = ("alpha", "alphaq", "ratio", "threshold")

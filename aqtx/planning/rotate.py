@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aqtx.evaluate.statistics import clearly_less
+from aqtx.evaluate.intervals import clearly_less
 from aqtx.numerics.allocate import Allocation
-from aqtx.plan import Plan, PlanEntry
 from aqtx.planning.settings import Settings
-from aqtx.program import Program, Site
+from aqtx.program.plan import Plan, PlanEntry
+from aqtx.program.program import Program, Site
 from aqtx.registry import Context
-from aqtx.rotation import input_rotation
+from aqtx.rotation.select import input_rotation
 from aqtx.sensitivity.measured import Request
 from aqtx.sensitivity.rotation import annotation, measure_rotations
 from aqtx.sensitivity.rounded_run import Rounding, sequence_losses
@@ -161,7 +161,7 @@ def _noted(plan: Plan, sites: Sequence[Site], weights: set[str], block: int) -> 
 
 
 def _stack(site: Site) -> list[str]:
-    from aqtx.tensor_names import expert_key
+    from aqtx.program.names import expert_key
 
     if site.expert is None:
         return [site.name]

@@ -16,9 +16,9 @@ from aqtx.errors import InputError
 from aqtx.numerics.allocate import Allocation, least_size
 from aqtx.planning.options import Options
 from aqtx.planning.settings import Settings
-from aqtx.program import Program
+from aqtx.program.program import Program
 from aqtx.registry import Context
-from aqtx.rounded import RoundedModel, mean_loss
+from aqtx.sensitivity.rounded_model import RoundedModel, mean_loss
 
 
 def search(

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from aqtx.checkpoint.shards import make_folder
 from aqtx.errors import InputError
 from aqtx.report import html
 from aqtx.report.canvas import PALETTE, panels, save_figure
 from aqtx.report.data import RunData, is_number, read_run
 from aqtx.report.numbers import decimal, duration, interval, megabytes
 from aqtx.report.parts import PARTS, build_part
-from aqtx.shards import make_folder
 
 PAGE = "compare.html"
 

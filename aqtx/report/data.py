@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from aqtx.categories import category_of, layer_of
 from aqtx.errors import InputError
+from aqtx.program.roles import category_of, layer_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

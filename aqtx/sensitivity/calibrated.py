@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aqtx.numerics.alpha import analyze
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.sensitivity.scores import robust_z
 
 VARIANTS = (("farms", "k_fraction"), ("farms", "xmin_mid"), ("full", "k_fraction"), ("full", "xmin_mid"))

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aqtx.blocks import Block, Values, evaluate, split_blocks
-from aqtx.calibrate import Runner
+from aqtx.blockwise.block_runner import Runner
+from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.errors import InputError
-from aqtx.program import LINEAR, Program, Site
+from aqtx.program.blocks import Block, Values, evaluate, split_blocks
+from aqtx.program.gate_scores import GateScores, find_gate_scores
+from aqtx.program.program import LINEAR, Program, Site
 from aqtx.registry import Context
-from aqtx.routing import GateScores, find_gate_scores
 from aqtx.sensitivity.measured import Request, annotate, has, weighted_errors
-from aqtx.stream import Stream, scratch_folder
 
 TOKENS_PER_BATCH = 2048
 

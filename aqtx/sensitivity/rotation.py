@@ -20,9 +20,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from aqtx.blocks import Block, Values
 from aqtx.formats import Format
-from aqtx.program import Program, Site
+from aqtx.program.blocks import Block, Values
+from aqtx.program.program import Program, Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has
 from aqtx.sensitivity.rounded_run import Rounding, calibrated, results

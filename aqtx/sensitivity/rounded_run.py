@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from aqtx.attention_path import value_writer
-from aqtx.blocks import Block, Values, evaluate, split_blocks
-from aqtx.calibrate import Runner
+from aqtx.blockwise.block_runner import Runner
+from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.formats import Format, fake_quantize
 from aqtx.formats.activation import quantize_tokens
 from aqtx.numerics.hadamard import hadamard
-from aqtx.program import LINEAR, Program, Site
+from aqtx.program.blocks import Block, Values, evaluate, split_blocks
+from aqtx.program.program import LINEAR, Program, Site
 from aqtx.registry import Context
-from aqtx.rowwise import Unproven, weight_name
-from aqtx.stream import Stream, scratch_folder
+from aqtx.rotation.attention_path import value_writer
+from aqtx.rotation.row_ops import Unproven, weight_name
 
 NUM_TOKENS = 4096  # of calibration text
 BATCH_TOKENS = 1024

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aqtx.program import Site
+from aqtx.program.program import Site
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 CLIP = 3.0

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from aqtx.categories import select
 from aqtx.errors import InputError
 from aqtx.formats.table import parse
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
+from aqtx.program.roles import select
 
 
 def unique_sites(program: Program) -> dict[str, Site]:

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from aqtx.blocks import Block, Values, evaluate, split_blocks
 from aqtx.formats import Format, fake_quantize
-from aqtx.program import Program, Site
+from aqtx.program.blocks import Block, Values, evaluate, split_blocks
+from aqtx.program.program import Program, Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has
 

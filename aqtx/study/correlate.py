@@ -10,14 +10,14 @@ import torch
 from scipy.stats import spearmanr
 
 from aqtx.formats import Format
+from aqtx.planning.arms import Arm
+from aqtx.planning.costs import COSTS
 from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
-from aqtx.program import Program, Site
+from aqtx.program.program import Program, Site
 from aqtx.registry import Context
-from aqtx.sensitivity.costs import COSTS
 from aqtx.sensitivity.measured import annotate
 from aqtx.sensitivity.trial import Trials
-from aqtx.study.spec import Arm
 
 
 @dataclass(frozen=True)

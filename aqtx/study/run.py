@@ -8,24 +8,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aqtx.accounting import kept_bytes
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.fingerprint import source_hashes
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.plan import Plan
+from aqtx.planning.arms import Arm, StudySpec
 from aqtx.planning.decide import decide
-from aqtx.program import Program
-from aqtx.recipe import EvaluateSpec, Recipe
+from aqtx.program.accounting import kept_bytes
+from aqtx.program.plan import Plan
+from aqtx.program.program import Program
 from aqtx.registry import Context
-from aqtx.rounded import RoundedModel
-from aqtx.runner import program_of, recipe_context
-from aqtx.schema import plain
+from aqtx.runs.apply import program_of, recipe_context
+from aqtx.runs.fingerprint import source_hashes
+from aqtx.runs.recipe import EvaluateSpec, Recipe
+from aqtx.runs.schema import plain
+from aqtx.sensitivity.rounded_model import RoundedModel
 from aqtx.study.correlate import Truth, correlations, measure_truth
-from aqtx.study.spec import Arm, StudySpec
 from aqtx.study.verdict import Point, study_json, study_markdown
-from aqtx.text import Document, evaluation, load_tokenizer
+from aqtx.text.tokens import Document, evaluation, load_tokenizer
 
 _BISECTIONS = 14
 _MAX_WINDOW = 2048

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from aqtx.evaluate.intervals import Interval, paired_change, perplexity_interval
 from aqtx.evaluate.perplexity import DocumentScores
-from aqtx.evaluate.statistics import Interval, paired_change, perplexity_interval
-from aqtx.plan import Plan
+from aqtx.program.plan import Plan
 
 
 @dataclass(frozen=True)

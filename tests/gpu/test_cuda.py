@@ -6,9 +6,9 @@ import torch
 import aqtx
 from aqtx.evaluate.perplexity import evaluate_perplexity
 from aqtx.formats import MixedExperts, names, quantize
-from aqtx.generate import Generator
 from aqtx.numerics import alpha_hill, gptq, hadamard
-from aqtx.text import evaluation, load_tokenizer
+from aqtx.program.generate import Generator
+from aqtx.text.tokens import evaluation, load_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

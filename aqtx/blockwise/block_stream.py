@@ -1,0 +1,85 @@
+"""The residual stream of all calibration batches between two blocks, in memory or on disk."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from aqtx.program.blocks import Values
+
+
+@contextmanager
+def scratch_folder(work: Path | None) -> Iterator[Path]:
+    """A place for streams: below the run's own folder, cleared of what a killed run left, or a temporary one."""
+    if work is None:
+        with tempfile.TemporaryDirectory() as made:
+            yield Path(made)
+        return
+    folder = work / "stream"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Stream:
+    """Values that blocks hand on, by batch and node. Only tensors go to disk; one file each, mapped when read."""
+
+    def __init__(self, num_batches: int, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._batches: list[dict[fx.Node, Any]] = [{} for _ in range(num_batches)]
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def read(self, batch: int, device: torch.device) -> Values:
+        """A batch's values, on the device."""
+        return {node: self._load(value, device) for node, value in self._batches[batch].items()}
+
+    def write(self, batch: int, values: Values) -> None:
+        """Replace a batch's values; one equal to the first batch's is kept once (rotations, masks)."""
+        first, before = self._batches[0], self._batches[batch]
+        after: dict[fx.Node, Any] = {}
+        for node, value in values.items():
+            if node in before:
+                after[node] = before[node]  # carried through: it has not changed
+            elif batch and _equal(first.get(node), value):
+                after[node] = first[node]
+            else:
+                after[node] = self._store(batch, node, value)
+        self._batches[batch] = after
+        kept = {str(value) for value in after.values() if isinstance(value, Path)}
+        for value in before.values():
+            if isinstance(value, Path) and str(value) not in kept:
+                value.unlink(missing_ok=True)
+
+    def _store(self, batch: int, node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if self.folder is None or batch == 0:  # what others are compared with stays in memory
+            return value.cpu()
+        file = self.folder / f"{batch}-{node.name}.stream"
+        save_file({"value": value.contiguous()}, file)
+        return file
+
+    @staticmethod
+    def _load(value: Any, device: torch.device) -> Any:
+        if isinstance(value, Path):
+            value = load_file(value)["value"]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equal without reading anything from disk."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other.cpu())
+    return False

@@ -1,0 +1,238 @@
+"""Round the planned matrices of one block by GPTQ, in waves, within a memory budget.
+
+Experts are taken in quanta: as many consecutive ones as one batch of the solver should hold, by their
+shape alone. A budget decides only how many quanta share a run over the calibration text, never
+what is solved together, so the codes do not depend on how much memory happened to be free.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from aqtx.blockwise.block_runner import Runner, Stage, Want, waves_of
+from aqtx.blockwise.input_moments import Moments
+from aqtx.errors import InputError
+from aqtx.formats import QuantizedTensor, kernel, parse
+from aqtx.machine.ranks import current
+from aqtx.numerics.gptq import Curvature, Options, Solution
+from aqtx.numerics.shrinkage import pooled_prior
+from aqtx.program.blocks import Block, Values
+from aqtx.program.gate_scores import find_gate_scores, is_inside_experts
+from aqtx.program.program import Site
+
+Prior = Literal["none", "isotropic", "pooled"]
+POWERS = {"none": 0, "score": 1, "squared_score": 2}
+SOLVE_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}  # workspace of one batch; on a CPU it stays in the cache
+SHARES = 8  # a stage's experts are at least so many quanta, for ranks to share, whatever their number
+POOL_STRIDE = 4  # the pooled moment is of every fourth row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a block is rounded; `budget` is in bytes, for moments and solver together."""
+
+    solver: Options
+    prior: Prior = "pooled"
+    weighting: str = "none"
+    rounded_inputs: bool = True
+    budget: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A quantum of a stage's experts: their moments are collected and used together."""
+
+    stage: Stage
+    experts: list[int]
+    num_bytes: int
+
+    @property
+    def first_site(self) -> str:
+        """For messages."""
+        return next(iter(self.stage.sites.values()))[0].name
+
+
+@contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Problems found inside name the place."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(f"inputs of {site}: {problem}" for problem in error.problems)) from error
+
+
+@dataclass
+class BlockRounder:
+    """Rounds blocks of one program; the rows of `report` tell what each matrix took."""
+
+    runner: Runner
+    settings: Settings
+    report: list[dict[str, Any]] = field(default_factory=list)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+    solved: dict[str, QuantizedTensor] = field(default_factory=dict)  # by this rank, since the last exchange
+    told: list[dict[str, Any]] = field(default_factory=list)  # rows of the report for them
+
+    def round(self, block: Block, weights: Values, sites: list[Site]) -> None:
+        """Codes for all `sites` of the block go to the program, their values into `weights`."""
+        for wave in waves_of(block, sites):
+            units = [unit for stage in wave for unit in self._units(stage)]
+            priors: dict[int, Tensor] = {}
+            for run in pack(units, self.settings.budget):
+                moments = self._collect(block, weights, run, priors)
+                for place, (unit, found) in enumerate(zip(run, moments, strict=True)):
+                    if current().owns(place):
+                        self._round_unit(unit, found, priors.get(id(unit.stage)), weights)
+                    found.H = found.H.new_empty(0)
+                self._exchange(weights, [site for unit in run for part in unit.stage.sites.values() for site in part])
+
+    def _units(self, stage: Stage) -> list[Unit]:
+        """A stage's experts in quanta of consecutive numbers."""
+        rows = max(site.shape[0] for sites in stage.sites.values() for site in sites)
+        columns = stage.num_inputs
+        each = 4 * (8 * rows * columns + 3 * columns**2)
+        quantum = max(SOLVE_BYTES.get(self.runner.device.type, SOLVE_BYTES["cpu"]) // each, 1)
+        quantum = min(quantum, -(-len(stage.experts) // SHARES))
+        units: dict[int, list[int]] = {}
+        for expert in stage.experts:
+            units.setdefault(expert // quantum, []).append(expert)
+        return [Unit(stage, experts, len(experts) * (each + 4 * columns**2)) for experts in units.values()]
+
+    def _collect(self, block: Block, weights: Values, run: list[Unit], priors: dict[int, Tensor]) -> list[Moments]:
+        """Moments of the units; a stage met for the first time leaves its pooled moment in `priors`."""
+        wanted, pools = [], []
+        for unit in run:
+            stage, device = unit.stage, self.runner.device
+            power, scores = POWERS[self.settings.weighting], None
+            if power and stage.offsets is not None:
+                scores = find_gate_scores(stage.offsets, block.nodes, power)
+            wanted.append(Want(stage, Moments.empty(unit.experts, stage.num_inputs, device), scores))
+            if self.settings.prior == "pooled" and id(stage) not in priors and pools_well(stage, block):
+                pool = Want(stage, Moments.empty([0], stage.num_inputs, device), scores, POOL_STRIDE)
+                priors[id(stage)] = pool.moments.H
+                pools.append(pool)
+        self.runner.collect(block, weights, wanted + pools)
+        for pool in pools:
+            priors[id(pool.stage)] = pooled_prior(pool.moments.H[0], pool.moments.tokens[0])
+        return [want.moments for want in wanted]
+
+    def _round_unit(self, unit: Unit, moments: Moments, prior: Tensor | None, weights: Values) -> None:
+        """Solve the unit's experts, all nodes that read the same moments with one factor."""
+        tokens = None if self.settings.prior == "none" else moments.tokens
+        solver = self.settings.solver
+        with naming(unit.first_site):
+            curvature = Curvature.of(moments.H, num_tokens=tokens, prior=prior, options=solver)
+        for sites in unit.stage.sites.values():
+            batches: dict[str, list[Site]] = {}
+            for site in sites:
+                if (site.expert or 0) in moments.place:
+                    batches.setdefault(site.get("format"), []).append(site)
+            for batch in batches.values():
+                self._round_batch(batch, moments, curvature, weights)
+
+    def _round_batch(self, sites: list[Site], moments: Moments, curvature: Curvature, weights: Values) -> None:
+        """Solve experts of one node and format; keep their codes, and compute with them from now on."""
+        program, parameter = self.runner.program, sites[0].node.args[1]
+        assert isinstance(parameter, fx.Node)
+        stack = weights[parameter] if sites[0].expert is not None else weights[parameter].unsqueeze(0)
+        experts = [site.expert or 0 for site in sites]
+        places = [moments.place[expert] for expert in experts]
+        part = curvature if len(places) == len(moments.H) else curvature.take(places)
+        W = torch.stack([program.read(site) for site in sites])  # float32: `stack` has rounded what passes changed
+        found = part.solve(W.to(stack.device), parse(sites[0].get("format")))
+        for index, site in enumerate(sites):
+            code = found.tensor[index].to(program.dtype)
+            self.solved[site.name] = code.to("cpu")
+            if self.settings.rounded_inputs:
+                stack[experts[index]] = values_of(code, stack.dtype)
+        self._tell(sites, moments, found)
+
+    def _exchange(self, weights: Values, sites: list[Site]) -> None:
+        """Take over what other ranks solved; the report's rows come in the order of `sites` on all of them."""
+        ranks, mine = current(), set(self.solved)
+        told: list[dict[str, Any]] = []
+        for rows, codes, channels in ranks.gather(self._shared() if ranks.size > 1 else (self.told, {}, {})):
+            told += rows
+            self.solved.update({name: code for name, code in codes.items() if name not in mine})
+            for name, largest in channels.items():
+                largest = largest.to(self.runner.device)
+                self.channels[name] = torch.maximum(self.channels.get(name, largest), largest)
+        order = {site.name: place for place, site in enumerate(sites)}
+        self.report += sorted(told, key=lambda row: order[row["site"]])
+        self.runner.program.codes.update(self.solved)
+        if self.settings.rounded_inputs:
+            take_codes(self.solved, weights, [site for site in sites if site.name in self.solved.keys() - mine])
+        self.solved, self.told = {}, []
+
+    def _shared(self) -> tuple[list[dict[str, Any]], dict[str, QuantizedTensor], dict[str, Tensor]]:
+        """Rows, codes and channel ranges of this rank, on the CPU."""
+        # a code is a part of its batch: without a copy the whole batch would be sent with each
+        codes = {name: code.clone() for name, code in self.solved.items()}
+        return self.told, codes, {name: largest.cpu() for name, largest in self.channels.items()}
+
+    def _tell(self, sites: list[Site], moments: Moments, found: Solution) -> None:
+        """Rows of the report."""
+        asked = self.settings.solver.damp_fraction
+        for index, site in enumerate(sites):
+            power, damping = float(found.power[index]), float(found.damping[index])
+            raised = damping > asked * 1.001
+            tokens = float(moments.tokens[moments.place[site.expert or 0]])
+            self.told.append(
+                {
+                    "site": site.name,
+                    "tokens": round(tokens, 1) if tokens % 1 else int(tokens),
+                    "damping": damping if raised else asked,
+                    "damping_raised": damping - asked if raised else 0.0,
+                    "shrinkage": float(found.pseudo_tokens[index]),
+                    "error_before": float(found.nearest_error[index]) / power if power else 0.0,
+                    "error_after": float(found.error[index]) / power if power else 0.0,
+                    "rows_nearest": int(found.rows_nearest[index]),
+                }
+            )
+            largest = self.channels.get(site.weight)
+            self.channels[site.weight] = moments.largest if largest is None else torch.maximum(largest, moments.largest)
+
+
+def take_codes(codes: Mapping[str, QuantizedTensor], weights: Values, sites: list[Site]) -> None:
+    """Put the values of some sites' codes into a block's weights."""
+    for site in sites:
+        parameter = site.node.args[1]
+        assert isinstance(parameter, fx.Node)
+        target = weights[parameter] if site.expert is None else weights[parameter][site.expert]
+        target.copy_(values_of(codes[site.name], target.dtype))
+
+
+def values_of(code: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """What `code.dequantize(dtype)` gives, from the compiled kernel where there is one."""
+    if code.format.is_packed and kernel.serves(code.device):
+        return kernel.dequantize(code.qdata, code.scales, code.format, code.num_columns, dtype)
+    return code.dequantize(dtype)
+
+
+def pools_well(stage: Stage, block: Block) -> bool:
+    """Whether a stage's experts draw their inputs from one distribution."""
+    return stage.offsets is not None and not is_inside_experts(stage.source, stage.offsets, block.nodes)
+
+
+def pack(units: list[Unit], budget: int) -> list[list[Unit]]:
+    """Runs of consecutive units that fit into the budget together.
+
+    Raises:
+        InputError: one unit alone does not fit.
+    """
+    runs: list[list[Unit]] = []
+    left = 0
+    for unit in units:
+        if unit.num_bytes > budget:
+            name = unit.first_site
+            need, have = unit.num_bytes / 2**20, max(budget, 0) / 2**20
+            raise InputError(f"{name} needs {need:.0f} MiB of memory, {have:.0f} MiB are left for it: raise max_memory")
+        if not runs or unit.num_bytes > left:
+            runs.append([])
+            left = budget
+        runs[-1].append(unit)
+        left -= unit.num_bytes
+    return runs

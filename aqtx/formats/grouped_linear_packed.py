@@ -1,0 +1,136 @@
+"""Lowerings of `aqtx::grouped_linear` for packed experts.
+
+A stack is a list of buckets, one per format, each [E_b, N, K], and `slots[e]`, the place of expert e in
+their concatenation.
+
+dense     dequantize every bucket inside the graph, then the plain op: Inductor fuses the decoding.
+          For training on accelerators, and where nearly every expert has tokens.
+hit       one opaque op that decodes, when it runs, only the experts that tokens reached: the compiled
+          kernel where there is one, else a loop over the hit experts in plain torch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqtx.formats import kernel
+from aqtx.formats.grouped_linear import group_bounds
+from aqtx.formats.packed_linear import KERNEL_DTYPES
+from aqtx.formats.table import parse
+
+Bucket = Any  # QuantizedTensor or plain Tensor, [E_b, N, K]
+_PART_NAMES = ("qdata", "scale", "zero_point", "per_tensor_scale")
+_lowering: ContextVar[str] = ContextVar("aqtx_lowering", default="auto")
+
+
+@contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Choose `dense`, `hit` or `auto` (hit on a CPU, dense elsewhere) for what is traced or run inside."""
+    if name not in ("auto", "dense", "hit"):
+        raise ValueError(f"no lowering {name!r}: auto, dense or hit")
+    token = _lowering.set(name)
+    try:
+        yield
+    finally:
+        _lowering.reset(token)
+
+
+def current_lowering() -> str:
+    """The name that `lowering` set; part of the compile cache's key."""
+    return _lowering.get()
+
+
+def lower(x: Tensor, buckets: list[Bucket], slots: list[int], offsets: Tensor) -> Tensor:
+    """The grouped linear of packed experts, by the chosen lowering."""
+    choice = _lowering.get()
+    if choice == "dense" or (choice == "auto" and x.device.type != "cpu"):
+        return _dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
+    num_outputs = buckets[0].shape[1]
+    if x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
+        parts = [part.contiguous() for bucket in buckets for _, part in _present(bucket)]
+        specs = [number for bucket in buckets for number in _spec(bucket)]
+        return torch.ops.aqtx_cpu.grouped(x, offsets, parts, specs, slots, num_outputs)
+    parts, layout = _describe(buckets)
+    return torch.ops.aqtx.grouped_linear_hit(x, offsets, parts, layout, slots, num_outputs)
+
+
+def dequantize_all(buckets: list[Bucket], slots: list[int], dtype: torch.dtype) -> Tensor:
+    """[E, N, K] in the experts' order."""
+    dense = [_dequantize(bucket, dtype) for bucket in buckets]
+    if slots == sorted(slots):
+        return torch.cat(dense) if len(dense) > 1 else dense[0]
+    experts = [expert for stack in dense for expert in stack.unbind(0)]
+    return torch.stack([experts[slot] for slot in slots])
+
+
+def _dense_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if x.device.type == "cuda" and x.dtype is torch.bfloat16:
+        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return torch.ops.aqtx.grouped_linear(x, weight, offsets)
+
+
+def _dequantize(bucket: Bucket, dtype: torch.dtype) -> Tensor:
+    return bucket.dequantize(dtype) if hasattr(bucket, "format_name") else bucket.to(dtype)
+
+
+def _describe(buckets: list[Bucket]) -> tuple[list[Tensor], str]:
+    """Buckets as a flat list of plain tensors and a string that says what they are."""
+    parts: list[Tensor] = []
+    rows = []
+    for bucket in buckets:
+        present = _present(bucket)
+        parts += [part for _, part in present]
+        name = f"{bucket.format_name}:{bucket.num_columns}" if hasattr(bucket, "format_name") else ":"
+        rows.append(f"{name}:{'+'.join(name for name, _ in present)}")
+    return parts, ",".join(rows)
+
+
+def _present(bucket: Bucket) -> list[tuple[str, Tensor]]:
+    """A bucket's inner tensors by name, in the order in which the ops take them."""
+    if not hasattr(bucket, "format_name"):
+        return [("qdata", bucket)]
+    return [(name, part) for name in _PART_NAMES if (part := getattr(bucket, name)) is not None]
+
+
+def _spec(bucket: Bucket) -> list[int]:
+    return kernel.spec_of(bucket.format if hasattr(bucket, "format_name") else parse("bf16"), bucket.shape[-1])
+
+
+def _rebuild(parts: list[Tensor], layout: str) -> list[Bucket]:
+    """The inverse of `_describe`."""
+    from aqtx.formats.tensor import QuantizedTensor
+
+    remaining = iter(parts)
+    buckets: list[Bucket] = []
+    for row in layout.split(","):
+        name, num_columns, present = row.split(":")
+        named = {part: next(remaining) for part in present.split("+")}
+        qdata = named.pop("qdata")
+        if not name:
+            buckets.append(qdata)
+            continue
+        buckets.append(QuantizedTensor(qdata, name, int(num_columns), torch.bfloat16, **named))
+    return buckets
+
+
+@torch.library.custom_op("aqtx::grouped_linear_hit", mutates_args=())
+def grouped_linear_hit(
+    x: Tensor, offsets: Tensor, parts: list[Tensor], layout: str, slots: list[int], num_outputs: int
+) -> Tensor:
+    """`grouped_linear` that decodes only the experts that have rows; `parts` and `layout` are the buckets."""
+    out = x.new_empty(x.shape[0], num_outputs)
+    places = [(bucket, index) for bucket in _rebuild(parts, layout) for index in range(bucket.shape[0])]
+    for expert, start, end in group_bounds(offsets):
+        bucket, index = places[slots[expert]]
+        weight = _dequantize(bucket[index], x.dtype)
+        torch.mm(x[start:end], weight.t(), out=out[start:end])
+    return out
+
+
+@grouped_linear_hit.register_fake
+def _(x: Tensor, offsets: Tensor, parts: list[Tensor], layout: str, slots: list[int], num_outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], num_outputs)

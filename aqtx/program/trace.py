@@ -1,0 +1,144 @@
+"""From a checkpoint or a module to a `Program`: export on meta, canonical graphs, weights by name."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from aqtx.errors import InputError
+from aqtx.program.program import Program
+from aqtx.program.weights import ModuleSource, Spec, WeightStore
+
+_DYNAMIC = torch.export.Dim.DYNAMIC
+_ASSERTIONS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten.sym_constrain_range.default,
+)
+
+
+def trace(source: str | Path | nn.Module, dtype: torch.dtype | None = None) -> Program:
+    """Trace a local folder, shipped name, hub name or module into a Program.
+
+    Args:
+        source: where the model is; a module must map `ids [B, S]` to `logits [B, S, V]`.
+        dtype: computing dtype of the graphs; None keeps the checkpoint's.
+
+    Raises:
+        InputError: the source cannot be found, read or is of an unsupported architecture.
+    """
+    if isinstance(source, nn.Module):
+        return trace_module(source, dtype)
+    from aqtx.checkpoint.write import open_program
+
+    return open_program(source, dtype)
+
+
+def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
+    """Trace a module in memory; its weights are shared, not copied."""
+    if hasattr(getattr(model, "config", None), "model_type"):
+        from aqtx.checkpoint.huggingface.open import trace_loaded
+
+        return trace_loaded(model, dtype)
+    dtype = dtype or next(model.parameters()).dtype
+    config = getattr(model, "hf_config", {})
+    source = ModuleSource(model.state_dict(keep_vars=True))
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with torch.device("meta"):
+        blank = copy_on_meta(model)
+    return build_program(lambda: blank, source, config=dict(config), dtype=dtype, buffers=buffers)
+
+
+def copy_on_meta(model: nn.Module) -> nn.Module:
+    """The module without values; parameters that are tied stay tied, which `.to` alone would part."""
+    blank = copy.deepcopy(model).to("meta")
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(blank.get_submodule(owner), leaf, blank.get_parameter(original))
+    return blank
+
+
+def build_program(
+    make: Callable[[], nn.Module],
+    source: Any,
+    *,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    buffers: dict[str, Tensor] | None = None,
+    folder: Path | None = None,
+) -> Program:
+    """A Program over `source` from a maker of the model on meta."""
+    with torch.device("meta"):
+        model = make().eval()
+    buffers = {name: value.clone() for name, value in model.named_buffers()} if buffers is None else buffers
+    model = model.to("meta")
+    for parameter in model.parameters():
+        if not getattr(parameter, "keeps_dtype", False):
+            parameter.data = parameter.data.to(dtype)
+    tied = untie(model)
+    specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in model.named_parameters()}
+    return Program(
+        entries={"score": export_entry(model, "score")},
+        weights=WeightStore(specs, source, tied=tied),
+        buffers=buffers,
+        config=config,
+        dtype=dtype,
+        folder=folder,
+        trace_entry=lambda entry: export_entry(model, entry),
+    )
+
+
+def untie(model: nn.Module) -> dict[str, str]:
+    """Give each tied parameter of a model on meta a name of its own; {second name: first name}."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty_like(parameter)))
+            tied[name] = original
+    return tied
+
+
+def export_entry(model: nn.Module, entry: str) -> fx.GraphModule:
+    """Export one entry of a model on meta and make its graph canonical."""
+    arguments, dynamic = example_inputs(model, entry)
+    with torch.no_grad():
+        exported = torch.export.export(model, arguments, dynamic_shapes=dynamic, strict=False)
+    return canonical(exported.module(check_guards=False))
+
+
+def example_inputs(model: nn.Module, entry: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Inputs on meta to trace an entry with, and which of their dimensions are dynamic."""
+    ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    batch_and_length = {0: _DYNAMIC, 1: _DYNAMIC}
+    if entry == "score":
+        return (ids,), (batch_and_length,)
+    if not hasattr(model, "make_cache"):
+        raise InputError(f"{type(model).__name__} cannot go on from a cache: only aqtx's own architectures can")
+    cache = [tensor.to("meta") for tensor in model.make_cache(2, 32)]  # type: ignore[operator]
+    places = torch.zeros(16, dtype=torch.long, device="meta")
+    start = torch.zeros(2, dtype=torch.long, device="meta")
+    dynamic_cache = [{0: _DYNAMIC, 2: _DYNAMIC} for _ in cache]
+    return (ids, places, start, cache), (batch_and_length, {0: _DYNAMIC}, {0: _DYNAMIC}, dynamic_cache)
+
+
+def canonical(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Strip guards and assertions: they bake in the dtype and device of the trace."""
+    graph = graph_module.graph
+    for node in reversed(list(graph.nodes)):
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or (node.op == "call_function" and node.target in _ASSERTIONS):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+    return graph_module

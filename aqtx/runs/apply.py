@@ -1,0 +1,247 @@
+"""Run a recipe from checkpoint to report: trace, passes, evaluation before and after, write."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from aqtx.checkpoint.write import open_program, write_model
+from aqtx.errors import InputError
+from aqtx.evaluate.intervals import perplexity_report
+from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.tasks import TaskScores
+from aqtx.machine.devices import device_of
+from aqtx.machine.memory import peak_bytes
+from aqtx.machine.ranks import current
+from aqtx.program.accounting import account, original_bytes
+from aqtx.program.program import Program
+from aqtx.registry import Context, Refusal
+from aqtx.runs.directory import RunDirectory
+from aqtx.runs.fingerprint import code_hash, first_difference, ids_hash, source_hashes, text_hashes, versions
+from aqtx.runs.pipeline import Run
+from aqtx.runs.preflight import preflight
+from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
+from aqtx.runs.resume_points import CODES, restore_state, save_state
+from aqtx.runs.task_scores import score_tasks, tasks_report
+from aqtx.sensitivity.alpha_after import write_alpha_after
+from aqtx.sensitivity.alpha_table import write_alpha_csv
+from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer
+
+_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DECIDING = ("assign_plan", "quantize", "gptq")  # passes whose refusal leaves a weight as it is
+_MAX_WINDOW = 2048  # tokens given to the model at a time when scoring, unless its context is shorter
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run measured (`report.json`), and where it lies."""
+
+    directory: Path
+    data: dict[str, Any]
+
+
+def apply(recipe: str | Path | dict[str, Any], **overrides: Any) -> Report:
+    """Run a recipe: a file, a shipped name, or its content as a dict.
+
+    Args:
+        recipe: what to do.
+        overrides: recipe keys with `__` for dots (`model__source="tinymoe"`), and `resume` or `overwrite`.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    flags = {name: bool(overrides.pop(name, False)) for name in ("resume", "overwrite")}
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    read = parse_recipe(recipe, dotted) if isinstance(recipe, dict) else load_recipe(recipe, dotted)
+    return apply_recipe(read, **flags)
+
+
+def apply_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Report:
+    """Run a validated recipe and write its output folder."""
+    if recipe.output is None:
+        raise InputError("output: this key is required to apply a recipe")
+    ranks = current()
+    if ranks.leads:
+        directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
+    ranks.gather(None)  # rank 0 may clear the folder that the others look into
+    if not ranks.leads:
+        directory = RunDirectory(Path(recipe.output), resume=True, overwrite=overwrite)
+    if resume and directory.complete:
+        return _finished(recipe, directory)
+    return _Runner(recipe, directory, quiet).run()
+
+
+def _finished(recipe: Recipe, directory: RunDirectory) -> Report:
+    """The report of a run that is complete, if it is of this recipe."""
+    data = json.loads((directory.output / "report.json").read_text())
+    if difference := first_difference(data["settings"], recipe.resolved()):
+        raise InputError(f"output {directory.output} holds a finished run of another recipe: {difference}")
+    return Report(directory.output, data)
+
+
+class _Runner:
+    """One run; its methods are its stages, in order."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, quiet: bool) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.started = time.perf_counter()
+        self.program = program_of(recipe)
+        if problems := preflight(recipe, self.program):
+            raise InputError(*problems)
+        self.ranks = current()
+        work = self.ranks.own_folder(directory.work)
+        self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not self.ranks.leads)
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self) -> Report:
+        if not self.ranks.leads:
+            return self._assist()
+        documents = self._documents()
+        self.directory.begin(self._fingerprint(documents))
+        before_bytes = original_bytes(self.program)
+        before = self._score(documents, "before")
+        tasks_before = self._tasks("before")
+        self.ranks.gather(None)  # the others wait in `_assist`
+        refusals = self._run_passes()
+        after = self._score(documents, "after")
+        tasks_after = self._tasks("after")
+        staging = self.directory.staging
+        write_model(self.program, staging)
+        write_alpha_csv(self.program, staging / "alpha.csv")
+        write_alpha_after(self.program, self.recipe.passes, staging / "alpha_after.csv")
+        accounting = account(self.program, refusals)
+        data = {
+            "name": self.directory.output.name,
+            **accounting.to_json(),
+            "bytes": {"before": before_bytes, "after": accounting.bytes_after},
+            **_perplexity(before, after, self.recipe.seed),
+            "tasks": tasks_report(tasks_before, tasks_after, seed=self.recipe.seed),
+            "passes": self.rows,
+            "peak_memory_bytes": peak_bytes(),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "versions": versions(),
+            "settings": self.recipe.resolved(),
+        }
+        return self._write_report(data)
+
+    def _assist(self) -> Report:
+        """What a rank other than the first does: the passes, and nothing else."""
+        self.ranks.gather(None)
+        assert self.context.work is not None
+        self.context.work.mkdir(parents=True, exist_ok=True)
+        self._run_passes()
+        return Report(self.directory.output, {})
+
+    def _fingerprint(self, documents: list[Document] | None) -> dict[str, Any]:
+        folder = self.program.folder
+        return {
+            "recipe": self.recipe.resolved(),
+            "source": source_hashes(folder) if folder is not None else {},
+            "calibration text": text_hashes(self.recipe.calibration.source),
+            "evaluation text": ids_hash(document.ids for document in documents or []),
+            "code": code_hash(),
+            "versions": versions(),
+        }
+
+    def _run_passes(self) -> list[Refusal]:
+        assert self.context.work is not None
+        self.program.codes.spill_to(self.context.work / CODES)
+        self.rows = restore_state(self.program, self.directory.work)
+        self.ranks.gather(None)  # nobody moves the resume point while another reads it
+        done = len(self.program.history)
+
+        def after_pass(run: Run) -> None:
+            self.rows.append(run.rows[-1].to_json())
+            if self.ranks.leads:
+                save_state(self.program, self.rows, self.directory.work)
+            self.ranks.gather(None)
+
+        Run(self.program, self.context, first_place=done).execute(self.recipe.passes[done:], after_pass)
+        rounding = [row for row in self.rows if row["name"] in _DECIDING]
+        return [Refusal(**refusal) for row in rounding for refusal in row["refused"]]
+
+    def _documents(self) -> list[Document] | None:
+        spec = self.recipe.evaluate
+        if spec is None or spec.perplexity is None:
+            return None
+        return evaluation(spec.perplexity, load_tokenizer(_folder(self.program)), max_tokens=spec.max_tokens)
+
+    def _score(self, documents: list[Document] | None, moment: str) -> DocumentScores | None:
+        """Perplexity of the program as it stands; kept with the resume points, as is every finished stage."""
+        if documents is None or self.recipe.evaluate is None:
+            return None
+        file = self.directory.work / f"scores-{moment}.json"
+        if file.exists():
+            return DocumentScores.from_json(json.loads(file.read_text()))
+        spec = self.recipe.evaluate
+        context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
+        scores = evaluate_perplexity(
+            self.program.scorer(),
+            documents,
+            window=spec.window or min(context_size, _MAX_WINDOW),
+            batch_size=spec.batch_size,
+            progress=self.context.progress,
+        )
+        file.write_text(json.dumps(scores.to_json()))
+        return scores
+
+    def _tasks(self, moment: str) -> dict[str, TaskScores]:
+        """Scores of the recipe's tasks; every item's log stays in the run's folder."""
+        spec = self.recipe.evaluate
+        if spec is None or not spec.tasks:
+            return {}
+        return score_tasks(self.program, spec, self.directory.staging / "samples" / f"{moment}.json")
+
+    def _write_report(self, data: dict[str, Any]) -> Report:
+        staging = self.directory.staging
+        (staging / "recipe.yaml").write_text(
+            yaml.safe_dump({**data["settings"], "versions": data["versions"]}, sort_keys=False)
+        )
+        (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+        if self.recipe.report:
+            from aqtx.report import write_report
+
+            write_report(staging)
+        self.directory.finish()
+        return Report(self.directory.output, data)
+
+
+def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
+    """The recipe's model, traced, on the recipe's device; `config_only` reads nothing but config.json."""
+    program = open_program(recipe.model.source, _DTYPES[recipe.model.dtype], config_only=config_only)
+    return program.to(device_of(recipe.device))
+
+
+def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None, quiet: bool = False) -> Context:
+    """What passes of the recipe are lent: its seed, its device, its calibration text."""
+    context = Context(seed=recipe.seed, device=program.device, work=work, quiet=quiet)
+    context.load_calibration = lambda: _calibration(recipe, program, context)
+    return context
+
+
+def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Tensor:
+    """Token ids: written by the model itself, or from text."""
+    spec = recipe.calibration
+    if spec.source == "ebss":
+        from aqtx.text import self_sampling
+
+        return self_sampling.calibration(program, spec, recipe.seed, context.work)
+    return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
+
+
+def _folder(program: Program) -> Path:
+    if program.folder is None:
+        raise InputError("the model has no folder, so there is no tokenizer to read text with")
+    return program.folder
+
+
+def _perplexity(before: DocumentScores | None, after: DocumentScores | None, seed: int) -> dict[str, Any]:
+    if before is None or after is None:
+        return {"perplexity": None, "perplexity_by_domain": {}}
+    overall, by_domain = perplexity_report(before, after, seed=seed)
+    return {"perplexity": overall, "perplexity_by_domain": by_domain}

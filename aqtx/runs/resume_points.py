@@ -1,0 +1,67 @@
+"""Resume points between passes: everything that passes have done to a program, on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from aqtx.checkpoint.shards import sha256
+from aqtx.errors import InputError
+from aqtx.program.plan import Plan
+from aqtx.program.program import Program
+
+CODES = "codes"  # folder of the program's spilled codes, below the work folder
+_STATE = "state.json"
+
+
+def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write a program's annotations, plan, edits and changed weights; replaces the state before.
+
+    Codes are not copied: they lie in `folder/codes` already and are told by name and checksum.
+    """
+    file = folder / f"state-{len(program.history)}.safetensors"
+    tensors, changes = program.weights.state()
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    state = {
+        "history": program.history,
+        "edits": program.edits,
+        "plan": None if program.plan is None else program.plan.to_json(),
+        "annotations": {site.weight: site.node.meta.get("custom", {}).get("aqtx", {}) for site in program.sites()},
+        "codes": program.codes.to_json(),
+        "emitted": program.emitted,
+        "rows": rows,
+        "weights": {"file": file.name, "sha256": sha256(file), "changes": changes},
+    }
+    staged = folder / (_STATE + ".new")
+    staged.write_text(json.dumps(state))
+    staged.rename(folder / _STATE)
+    for old in folder.glob("state-*.safetensors"):
+        if old != file:
+            old.unlink()
+
+
+def restore_state(program: Program, folder: Path) -> list[dict[str, Any]]:
+    """Bring a freshly traced program to the last resume point, if there is one; the report rows so far."""
+    if not (folder / _STATE).exists():
+        return []
+    state = json.loads((folder / _STATE).read_text())
+    file = folder / state["weights"]["file"]
+    if not file.exists() or sha256(file) != state["weights"]["sha256"]:
+        raise InputError(
+            f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
+        )
+    for edit in state["edits"]:
+        program.edit(edit)
+    program.history.extend(state["history"])
+    program.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
+    program.emitted = state["emitted"]
+    program.codes.restore(state["codes"], folder / CODES)
+    for site in program.sites():
+        site.node.meta.setdefault("custom", {})["aqtx"] = state["annotations"][site.weight]
+    with safe_open(file, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (the reader is no mapping)
+    program.weights.restore(tensors, state["weights"]["changes"])
+    rows: list[dict[str, Any]] = state["rows"]
+    return rows

@@ -1,0 +1,55 @@
+"""The tasks of a recipe's `evaluate` section: run before and after the passes, paired, logged item by item."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aqtx.evaluate.arms import EvalSettings, run_program_tasks
+from aqtx.evaluate.intervals import paired_difference
+from aqtx.evaluate.tasks import TaskScores
+from aqtx.program.program import Program
+from aqtx.runs.recipe import EvaluateSpec
+
+
+def score_tasks(program: Program, spec: EvaluateSpec, log: Path) -> dict[str, TaskScores]:
+    """Scores by task of a program as it stands. `log` keeps every item, and is read instead of a second run."""
+    if log.exists():
+        return {name: _from_json(name, data) for name, data in json.loads(log.read_text()).items()}
+    settings = EvalSettings(
+        tasks=spec.tasks,
+        include_path=Path(spec.include_path) if spec.include_path else None,
+        limit=spec.limit,
+        batch_size=spec.batch_size,
+        window=spec.window,
+    )
+    scores = run_program_tasks(program, settings)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(json.dumps({name: _to_json(found) for name, found in scores.items()}, default=str))
+    return scores
+
+
+def tasks_report(
+    before: Mapping[str, TaskScores], after: Mapping[str, TaskScores], *, seed: int
+) -> dict[str, dict[str, Any]]:
+    """The `tasks` entry of report.json."""
+    return {
+        name: {
+            "metric": first.metric,
+            "num_items": len(first.values),
+            "before": first.interval(seed).to_json(),
+            "after": after[name].interval(seed).to_json(),
+            "change": paired_difference(first.values, after[name].values, seed=seed).to_json(),
+        }
+        for name, first in before.items()
+    }
+
+
+def _to_json(scores: TaskScores) -> dict[str, Any]:
+    return {"metric": scores.metric, "values": scores.values.tolist(), "samples": scores.samples}
+
+
+def _from_json(name: str, data: dict[str, Any]) -> TaskScores:
+    return TaskScores(name, data["metric"], np.array(data["values"], dtype=np.float64), data["samples"])

@@ -1,0 +1,248 @@
+"""Expert-balanced self-sampling (MoEQuant, arXiv 2505.03804): the model writes its own calibration text.
+
+Legend: G sequences grown side by side, W beams each, C = W * W candidates of one, L mixture layers, E experts.
+At each step every beam proposes W next tokens, drawn from its own distribution; the model reads all candidates, and
+the W of least
+
+    score = -sum(log P) / length + sigma / tau
+
+go on, where sigma is the standard deviation of the experts' normalised usage, averaged over layers, the
+candidate and everything written so far included. Each sequence starts from a token of its own.
+
+The published tau of 1.2 leaves sigma, some hundredths, next to no weight beside some nats of -log(P); a smaller one
+buys balance (benchmarks/calibration.py).
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from aqtx.errors import InputError
+from aqtx.program.generate import Generator
+from aqtx.program.program import Program, grouped_linear_op
+from aqtx.text.tokens import CalibrationSpec
+
+BEAMS = 4
+TAU = 1.2
+PARALLEL = 8
+SLOTS = 32  # the cache grows by so many places, since attention reads it whole
+FILE_NAME = "ebss.jsonl"
+_TOPK = torch.ops.aten.topk.default
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Token ids [n, length] and how evenly they use the experts: mean over layers of the usage's deviation."""
+
+    ids: Tensor
+    usage: Tensor  # [L, E] tokens
+
+    @property
+    def deviation(self) -> float:
+        """sigma of all that was written."""
+        return float(deviation(self.usage))
+
+    def write(self, file: Path) -> None:
+        """JSON lines that `calibration: {source: FILE}` reads; the first line tells the balance."""
+        share = self.usage / self.usage.sum(-1, keepdim=True)
+        balance = {"deviation": self.deviation, "largest": float(share.max()), "smallest": float(share.min())}
+        rows: list[dict[str, Any]] = [{"domain": "ebss", "ids": row} for row in self.ids.tolist()]
+        rows[0]["balance"] = balance
+        staged = file.with_suffix(".new")
+        staged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        staged.rename(file)
+
+
+def deviation(usage: Tensor) -> Tensor:
+    """Standard deviation of normalised usage [..., L, E], averaged over layers: [...]."""
+    return (usage / usage.sum(-1, keepdim=True).clamp_min(1)).std(-1, unbiased=False).mean(-1)
+
+
+class Routed(fx.Interpreter):
+    """Runs a graph and notes which experts each token was sent to."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._choices = routing_nodes(module.graph)
+        if not self._choices:
+            raise InputError("calibration source ebss: the model has no experts to balance")
+        self.chosen: list[Tensor] = []
+
+    @property
+    def num_experts(self) -> list[int]:
+        """Of each layer."""
+        return list(self._choices.values())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Note the chosen experts on the way."""
+        value = super().run_node(n)
+        if n in self._choices:
+            self.chosen.append(value)
+        return value
+
+    def usage(self, num_rows: int) -> Tensor:
+        """Counts [rows, L, E] of the last run, for inputs of `num_rows` sequences."""
+        width = max(self.num_experts)
+        counts = [F.one_hot(one.view(num_rows, -1), width).sum(1) for one in self.chosen]
+        self.chosen = []
+        return torch.stack(counts, 1).float()
+
+
+def routing_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The node of each mixture that holds the chosen experts [T, k], and the number of its experts."""
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is not grouped_linear_op():
+            continue
+        queue, seen = [node.args[2]], set()
+        while queue:  # breadth first: the nearest top-k is the one that decides
+            at = queue.pop(0)
+            if at.op == "call_function" and any(source.target is _TOPK for source in at.all_input_nodes):
+                if at.args[1:] == (1,):
+                    found.setdefault(at, int(node.args[1].meta["val"].shape[0]))
+                    break
+                continue
+            queue += [source for source in at.all_input_nodes if source not in seen]
+            seen.update(at.all_input_nodes)
+    return found
+
+
+@dataclass
+class _Beams:
+    """State of G groups of W beams, in rows g * W + w."""
+
+    ids: Tensor  # [G, W, length]
+    nll: Tensor  # [G, W]
+    usage: Tensor  # [G, W, L, E]
+    logits: Tensor  # [G, W, V] of the next token
+    cache: list[Tensor]
+
+
+class Sampler:
+    """Grows groups of sequences through the `step` entry."""
+
+    def __init__(self, program: Program, seed: int, tau: float = TAU) -> None:
+        module = program.module("step")
+        assert isinstance(module, fx.GraphModule)
+        self._routed = Routed(module)
+        self._generator = Generator(program)
+        self._device = program.device
+        vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
+        self._random = torch.Generator().manual_seed(seed)
+        self._first = itertools.cycle(torch.randperm(vocabulary, generator=self._random).tolist())
+        self._tau = tau
+
+    @torch.no_grad()
+    def grow(self, num_groups: int, length: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`num_groups` sequences [G, length] and their usage [L, E]; `before` is the usage of earlier ones."""
+        first = torch.tensor(list(itertools.islice(self._first, num_groups)))
+        beams = self._open(first.repeat_interleave(BEAMS).view(-1, BEAMS, 1))
+        before = torch.zeros_like(beams.usage[0, 0]) if before is None else before
+        for place in range(1, length):
+            beams = self._step(beams, place, before)
+        return beams.ids[:, 0].cpu(), beams.usage[:, 0].sum(0)
+
+    def _open(self, ids: Tensor) -> _Beams:
+        cache = self._generator.make_cache(ids.shape[0] * BEAMS, SLOTS)
+        logits, usage = self._read(ids.view(-1, 1), 0, cache)
+        shape = ids.shape[:2]
+        nll = torch.full(shape, torch.inf)
+        nll[:, 0] = 0  # all beams are equal still: only the first may propose
+        return _Beams(ids, nll, usage.view(*shape, *usage.shape[1:]), logits.view(*shape, -1), cache)
+
+    def _step(self, beams: _Beams, place: int, before: Tensor) -> _Beams:
+        """Propose, read all candidates, keep the best."""
+        groups = len(beams.ids)
+        log_p = beams.logits.log_softmax(-1)  # [G, W, V]
+        drawn = log_p.exp().flatten(0, 1).multinomial(BEAMS, generator=self._random)  # without replacement
+        tokens = drawn.view(groups, BEAMS, BEAMS)
+        nll = (beams.nll.unsqueeze(-1) - log_p.gather(-1, tokens)).flatten(1)  # [G, C]
+        parents = torch.arange(groups * BEAMS).repeat_interleave(BEAMS)  # rows that candidates come from
+        cache = [part.index_select(0, parents.to(part.device)) for part in _with_room(beams.cache, place)]
+        logits, usage = self._read(tokens.view(-1, 1), place, cache)
+        usage = beams.usage.repeat_interleave(BEAMS, 1) + usage.view(groups, -1, *usage.shape[1:])
+        best = beams.usage[:, 0]
+        others = before + (best.sum(0) - best).unsqueeze(1)  # what other sequences wrote
+        score = nll / place + deviation(usage + others) / self._tau
+        keep = score.topk(BEAMS, -1, largest=False).indices  # [G, W]
+        rows = (keep + torch.arange(groups).unsqueeze(1) * BEAMS * BEAMS).flatten()
+        ids = torch.cat([beams.ids.flatten(0, 1)[parents], tokens.view(-1, 1)], 1)
+
+        def kept(x: Tensor) -> Tensor:
+            return x[rows].view(groups, BEAMS, *x.shape[1:])
+
+        return _Beams(
+            kept(ids), kept(nll.flatten()), kept(usage.flatten(0, 1)), kept(logits),
+            [part.index_select(0, rows.to(part.device)) for part in cache],
+        )  # fmt: skip
+
+    def _read(self, ids: Tensor, place: int, cache: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Next-token logits [rows, V] and expert counts [rows, L, E] of one token a row."""
+        places = torch.tensor([place], device=self._device)
+        start = torch.zeros(len(ids), dtype=torch.long, device=self._device)
+        logits = self._routed.run(ids.to(self._device), places, start, *cache)
+        return logits[:, -1].float().cpu(), self._routed.usage(len(ids)).cpu()
+
+
+def _with_room(cache: list[Tensor], place: int) -> list[Tensor]:
+    """Caches [rows, heads, slots, size] that have a slot `place`."""
+    return cache if place < cache[0].shape[2] else [F.pad(part, (0, 0, 0, SLOTS)) for part in cache]
+
+
+def sample(
+    program: Program,
+    *,
+    num_sequences: int,
+    length: int,
+    seed: int = 0,
+    tau: float = TAU,
+    progress: Callable[[Iterator[int]], Iterator[int]] = iter,
+) -> Sampled:
+    """Sequences of tokens that the model finds likely and that load its experts evenly.
+
+    Raises:
+        InputError: the model has no experts or cannot generate.
+    """
+    sampler = Sampler(program, seed, tau)
+    parts: list[Tensor] = []
+    usage: Tensor | None = None
+    for start in progress(iter(range(0, num_sequences, PARALLEL))):
+        ids, added = sampler.grow(min(PARALLEL, num_sequences - start), length, usage)
+        usage = added if usage is None else usage + added
+        parts.append(ids)
+    assert usage is not None
+    return Sampled(torch.cat(parts), usage)
+
+
+@torch.no_grad()
+def usage_of(program: Program, ids: Tensor) -> Tensor:
+    """Tokens [L, E] that each expert gets from given sequences, to compare with."""
+    module = program.module("score")
+    assert isinstance(module, fx.GraphModule)
+    routed = Routed(module)
+    counts = []
+    for batch in ids.split(8):
+        routed.run(batch.to(program.device))
+        counts.append(routed.usage(1)[0])
+    return torch.stack(counts).sum(0).cpu()
+
+
+def calibration(program: Program, spec: CalibrationSpec, seed: int, folder: Path | None) -> Tensor:
+    """Calibration ids [num_sequences, sequence_length], sampled once: kept in a folder for a resumed run."""
+    file = None if folder is None else folder / FILE_NAME
+    if file is not None and file.exists():
+        return torch.tensor([json.loads(line)["ids"] for line in file.read_text().splitlines()])
+    sampled = sample(
+        program, num_sequences=spec.num_sequences, length=spec.sequence_length, seed=seed, tau=spec.tau or TAU
+    )
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sampled.write(file)
+    return sampled.ids

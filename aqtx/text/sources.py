@@ -1,0 +1,167 @@
+"""Where text comes from: the shipped text, a file, a folder, or a data set by name. Everything ends as `Passage`s.
+
+A source is written in one word, as recipes do:
+
+    builtin             the text shipped with tinymoe (its calibration and evaluation halves are disjoint)
+    notes.txt           one passage; `.jsonl` and `.jsonl.gz` hold a passage per line, {"text": ..., "domain": ...}
+    corpus/             every .txt, .md, .jsonl, .jsonl.gz and .txt.gz below it; a sub-folder's name is the domain
+    wikitext2           also c4, ptb, gsm8k: through the `datasets` library, from the hub or its cache
+    wikitext2:folder    the same data set from a local copy in the hub's own layout
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqtx.errors import InputError, nearest
+
+BUILTIN = Path(__file__).resolve().parents[1] / "models" / "tinymoe" / "text"
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text with the domain it belongs to, or, from self-sampling, the token ids themselves."""
+
+    domain: str
+    text: str
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """How one named data set is loaded and turned into passages."""
+
+    path: str
+    config: str | None
+    field: str
+    joined: str | None = None  # rows are lines of one text, joined by this
+    split: str = "train"
+    evaluation_split: str = "test"
+    data_files: dict[str, str] | None = None
+    revision: str | None = None
+
+    def rows_to_texts(self, rows: Any) -> Iterator[str]:
+        """One text per row, or a single one where the rows are lines of it."""
+        if self.joined is not None:
+            yield self.joined.join(rows[self.field])
+            return
+        for row in rows:
+            yield " ".join(str(row[name]) for name in self.field.split("+"))
+
+
+# The line-by-line data sets are joined as the GPTQ paper does; c4 is one shard, as everywhere in the field.
+# ptb was published as a loading script, which `datasets` no longer runs: its parquet conversion is read instead.
+DATASETS = {
+    "wikitext2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "text", joined="\n\n"),
+    "c4": HubDataset(
+        "allenai/c4",
+        None,
+        "text",
+        evaluation_split="validation",
+        data_files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "ptb": HubDataset(
+        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", joined=" ", revision="refs/convert/parquet"
+    ),
+    "gsm8k": HubDataset("openai/gsm8k", "main", "question+answer"),
+}
+
+
+def read_passages(source: str, part: str) -> list[Passage]:
+    """All passages of a source. `part` is "calibration" or "evaluation": which half or split is read."""
+    check_source(source)
+    name, _, local = source.partition(":")
+    if name in DATASETS:
+        return list(_from_hub(name, Path(local) if local else None, part))
+    path = Path(source)
+    if source == "builtin":
+        return _builtin(part)
+    return _from_folder(path) if path.is_dir() else list(_from_file(path, "text"))
+
+
+def check_source(source: str) -> None:
+    """InputError unless a source is the name of something, or there."""
+    known = ["builtin", *DATASETS]
+    if source not in known and source.partition(":")[0] not in DATASETS and not Path(source).exists():
+        raise InputError(
+            f"text source {source!r} is neither a file, a folder nor one of {', '.join(known)}{nearest(source, known)}"
+        )
+
+
+def _builtin(part: str) -> list[Passage]:
+    for suffix in (".jsonl", ".jsonl.gz"):
+        path = BUILTIN / (part + suffix)
+        if path.is_file():
+            return list(_from_file(path, "text"))
+    raise InputError(f"the shipped {part} text is missing from {BUILTIN}")
+
+
+def _from_folder(folder: Path) -> list[Passage]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES))
+    if not paths:
+        raise InputError(f"the folder {folder} holds no text file ({', '.join(SUFFIXES)})")
+    passages: list[Passage] = []
+    for path in paths:
+        parents = path.relative_to(folder).parts[:-1]
+        passages += _from_file(path, parents[0] if parents else "text")
+    return passages
+
+
+def _from_file(path: Path, domain: str) -> Iterator[Passage]:
+    try:
+        opener = gzip.open if path.name.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8") as stream:
+            if ".jsonl" not in path.name:
+                yield Passage(domain, stream.read())
+                return
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _from_line(line, f"{path}, line {number}", domain)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path} is not a whole gzip file: {error}") from error
+
+
+def _from_line(line: str, place: str, domain: str) -> Passage:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place} is not JSON: {error.msg}") from error
+    if isinstance(row, dict) and isinstance(row.get("ids"), list):
+        return Passage(str(row.get("domain", domain)), "", tuple(int(token) for token in row["ids"]))
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f'{place} has neither a "text" string nor an "ids" list')
+    return Passage(str(row.get("domain", domain)), row["text"])
+
+
+def _from_hub(name: str, local: Path | None, part: str) -> Iterator[Passage]:
+    import datasets  # heavy, and needed only here
+
+    spec = DATASETS[name]
+    split = spec.split if part == "calibration" else spec.evaluation_split
+    if local is not None and not local.is_dir():
+        raise InputError(f"the local copy of {name}, {local}, is not a folder")
+    try:
+        rows = datasets.load_dataset(
+            str(local) if local else spec.path,
+            spec.config,
+            split=split,
+            data_files=spec.data_files,
+            revision=None if local else spec.revision,
+        )
+        texts = list(spec.rows_to_texts(rows))
+    except Exception as error:  # whatever the hub client raises is the user's answer: no network, no such split
+        raise InputError(
+            f"data set {name} ({spec.path}, split {split}) cannot be loaded: {type(error).__name__}: {error}; "
+            f"offline, give a local copy as '{name}:FOLDER'"
+        ) from error
+    for text in texts:
+        yield Passage(name, text)

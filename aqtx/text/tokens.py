@@ -1,0 +1,179 @@
+"""Text to tokens: calibration sequences of one length, and evaluation documents by domain.
+
+Calibration text is never padded: passages are tokenised in a seeded order, joined by the end-of-text token where the
+tokenizer has one, and cut into sequences that do not overlap, so that every row counts and no token counts twice.
+Domains take turns, so each has an equal share as long as its text lasts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from aqtx.errors import InputError
+from aqtx.text.sources import Passage, read_passages
+
+T = TypeVar("T")
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; those of transformers have it."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer itself adds, or without."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSpec:
+    """The recipe's `calibration` section."""
+
+    source: str = "builtin"
+    num_sequences: int = 64
+    sequence_length: int = 256
+    tau: float | None = None  # of the source ebss: the smaller, the more balanced; null is the published 1.2
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no text can be cut by, and a temperature that nothing reads."""
+        least = {"num_sequences": 1, "sequence_length": 2}
+        problems = [
+            f"{name} is {getattr(self, name)}, but must be at least {value}"
+            for name, value in least.items()
+            if getattr(self, name) < value
+        ]
+        if self.tau is not None and self.source != "ebss":
+            problems.append(f"tau is of the source ebss, but the source is {self.source!r}: leave tau out")
+        elif self.tau is not None and self.tau <= 0:
+            problems.append(f"tau is {self.tau}, but must be above 0")
+        if problems:
+            raise InputError(*problems)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One evaluation document: its domain and its token ids."""
+
+    domain: str
+    ids: torch.Tensor  # int64 [length]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that lies in a model folder, as transformers reads it; no remote code is ever run."""
+    import transformers
+
+    if not any(folder.glob("tokenizer*")):
+        raise InputError(f"{folder} holds no tokenizer (tokenizer.json), so text cannot be read for this model")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # A document longer than the model's context is cut into windows here, so the tokenizer need not warn about it.
+    tokenizer.model_max_length = 10**30
+    found: Tokenizer = tokenizer
+    return found
+
+
+def calibration(
+    spec: CalibrationSpec,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    *,
+    progress: Callable[[Iterator[int]], Iterator[int]] = iter,
+) -> torch.Tensor:
+    """Calibration sequences, int64 [num_sequences, sequence_length]; the same ones for the same seed."""
+    streams = [
+        _Chunks(passages, tokenizer, spec.sequence_length, np.random.default_rng([seed, index]))
+        for index, passages in enumerate(_by_domain(read_passages(spec.source, "calibration")).values())
+    ]
+    turns = _take_turns(streams)
+    rows = [row for _, row in zip(progress(iter(range(spec.num_sequences))), turns, strict=False)]
+    if len(rows) < spec.num_sequences:
+        total = sum(stream.num_tokens for stream in streams)
+        raise InputError(
+            f"calibration text {spec.source!r} holds {total:,} tokens, which make {len(rows)} sequences of "
+            f"{spec.sequence_length}; {spec.num_sequences} were asked for"
+        )
+    return torch.tensor(np.stack(rows), dtype=torch.int64)
+
+
+def evaluation(
+    source: str, tokenizer: Tokenizer, *, max_tokens: int | None = None, max_document: int | None = None
+) -> list[Document]:
+    """Evaluation documents in the source's order, with the special tokens that the tokenizer adds.
+
+    `max_tokens` keeps whole documents, domains in turn, until so many tokens are reached; `max_document` cuts each
+    document's tail. A document of fewer than two tokens has nothing to score and is left out.
+    """
+    passages = read_passages(source, "evaluation")
+    documents: list[Document] = []
+    total = 0
+    for passage in _interleave(_by_domain(passages)) if max_tokens else passages:
+        ids = torch.tensor(_encode(passage, tokenizer, special=True)[:max_document], dtype=torch.int64)
+        if len(ids) >= 2:
+            documents.append(Document(passage.domain, ids))
+            total += len(ids)
+        if max_tokens and total >= max_tokens:
+            break
+    if not documents:
+        raise InputError(f"evaluation text {source!r} holds no document of two tokens or more")
+    return documents
+
+
+class _Chunks(Iterator[np.ndarray]):
+    """Sequences of `length` tokens from passages in a random order, tokenising no further than is asked for."""
+
+    def __init__(
+        self, passages: Sequence[Passage], tokenizer: Tokenizer, length: int, random: np.random.Generator
+    ) -> None:
+        self._passages = iter([passages[index] for index in random.permutation(len(passages))])
+        self._tokenizer, self._length, self._random = tokenizer, length, random
+        self._left: list[int] = []
+        self._ready: list[np.ndarray] = []
+        self.num_tokens = 0
+
+    def __next__(self) -> np.ndarray:
+        while not self._ready:
+            passage = next(self._passages)  # its StopIteration ends this iterator too
+            ids = _encode(passage, self._tokenizer, special=False)
+            if passage.ids is None and self._tokenizer.eos_token_id is not None:
+                ids.append(self._tokenizer.eos_token_id)
+            self.num_tokens += len(ids)
+            self._cut(self._left + ids)
+        return self._ready.pop()
+
+    def _cut(self, ids: list[int]) -> None:
+        whole = len(ids) // self._length * self._length
+        chunks = np.array(ids[:whole], dtype=np.int64).reshape(-1, self._length)
+        self._ready = [chunks[index] for index in self._random.permutation(len(chunks))]
+        self._left = ids[whole:]
+
+
+def _encode(passage: Passage, tokenizer: Tokenizer, *, special: bool) -> list[int]:
+    if passage.ids is not None:
+        return list(passage.ids)
+    return tokenizer.encode(passage.text, add_special_tokens=special)
+
+
+def _by_domain(passages: Sequence[Passage]) -> dict[str, list[Passage]]:
+    domains: dict[str, list[Passage]] = {}
+    for passage in passages:
+        domains.setdefault(passage.domain, []).append(passage)
+    return domains
+
+
+def _interleave(domains: dict[str, list[Passage]]) -> Iterator[Passage]:
+    return _take_turns([iter(passages) for passages in domains.values()])
+
+
+def _take_turns(streams: Sequence[Iterator[T]]) -> Iterator[T]:
+    live = list(streams)
+    while live:
+        for stream in list(live):
+            try:
+                yield next(stream)
+            except StopIteration:
+                live.remove(stream)
