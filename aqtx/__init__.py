@@ -13,8 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from aqtx.checkpoint.huggingface import hook
-
-__version__ = "0.1.0"
+from aqtx.version import __version__
 
 # torchao looks for compiled kernels that this package does not use, and prints two warnings about their absence.
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
@@ -22,25 +21,25 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 hook.install()  # checkpoints load through transformers after `import aqtx`
 
 if TYPE_CHECKING:
-    from aqtx.checkpoint.write import load as load
+    from aqtx.checkpoint.open import load as load
+    from aqtx.checkpoint.open import trace as trace
     from aqtx.checkpoint.write import save as save
     from aqtx.errors import InputError as InputError
     from aqtx.program.program import Program as Program
-    from aqtx.program.trace import trace as trace
     from aqtx.runs.apply import apply as apply
     from aqtx.runs.pipeline import run as run
-    from aqtx.sensitivity.alpha_table import alpha as alpha
+    from aqtx.sensitivity.alpha import alpha as alpha
 
 # name -> the module that defines it (PEP 562)
 _HOMES = {
     "InputError": "aqtx.errors",
     "Program": "aqtx.program.program",
-    "trace": "aqtx.program.trace",
-    "alpha": "aqtx.sensitivity.alpha_table",
+    "trace": "aqtx.checkpoint.open",
+    "alpha": "aqtx.sensitivity.alpha",
     "apply": "aqtx.runs.apply",
     "run": "aqtx.runs.pipeline",
     "save": "aqtx.checkpoint.write",
-    "load": "aqtx.checkpoint.write",
+    "load": "aqtx.checkpoint.open",
 }
 _MODULES = ("formats", "numerics")
 

@@ -1,20 +1,17 @@
 """What a pass is, and the table of all passes by their recipe names."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from aqtx.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from aqtx.program.program import Program, Site
+from aqtx.errors import InputError
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 
 Item = TypeVar("Item")
 _CPU = torch.device("cpu")
@@ -80,23 +77,27 @@ class Pass:
         """Problems of the pass's own field values, as sentences; no program is needed."""
         return []
 
-    def misfits(self, program: "Program") -> list[str]:
+    def misfits(self, program: Program) -> list[str]:
         """What does not fit the model, as sentences: asked of all passes before the first one runs; reads no weight."""
         return []
 
-    def find(self, program: "Program") -> list["Site"]:
+    def find(self, program: Program) -> list[Site]:
         """The sites that the pass is about."""
         return program.sites()
 
-    def refuse(self, program: "Program", site: "Site") -> str | None:
+    def refuse(self, program: Program, site: Site) -> str | None:
         """Why a site that was found is left alone, or None."""
         return None
 
-    def apply(self, program: "Program", sites: list["Site"], context: Context) -> Changes:
+    def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Transform the program at the sites; plans fully before it mutates."""
         raise NotImplementedError
 
-    def run(self, program: "Program", context: Context) -> Changes:
+    def tables(self, program: Program) -> dict[str, str]:
+        """Files that the pass adds to the output when the run is done, name -> text; reads the program as it ended."""
+        return {}
+
+    def run(self, program: Program, context: Context) -> Changes:
         """Find, refuse, apply."""
         found = self.find(program)
         refusals = [Refusal(site.name, why) for site in found if (why := self.refuse(program, site)) is not None]
@@ -121,25 +122,3 @@ def register(name: str) -> Callable[[PassType], PassType]:
         return cls
 
     return add
-
-
-def load_passes() -> dict[str, type[Pass]]:
-    """Import every file of `aqtx.passes` and return the table."""
-    import aqtx.passes as package
-
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"aqtx.passes.{module.name}")
-    return PASSES
-
-
-def build(name: str, fields: dict[str, Any], where: str) -> tuple[Pass | None, list[str]]:
-    """The pass of a recipe entry, or the problems that stand against it."""
-    from aqtx.runs.schema import parse_fields
-
-    passes = load_passes()
-    if name not in passes:
-        return None, [f"{where}: unknown pass {name!r}{nearest(name, passes)}; `aqtx ls passes` lists them"]
-    made, problems = parse_fields(passes[name], fields, f"{where}.{name}")
-    if made is not None:
-        problems = problems + [f"{where}.{name}: {problem}" for problem in made.validate()]
-    return made, problems

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from aqtx.evaluate.arms import EvalResults, EvalSettings, evaluate_arms, open_arms
+from aqtx.evaluate.arms import EvalResults, EvalSettings, evaluate_arms
 from aqtx.evaluate.perplexity import DocumentScores
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.registry import Context
+from aqtx.runs.arms import open_arms
 from benchmarks.arms import measured
 
 KEEP = ["lm_head"]

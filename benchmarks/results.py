@@ -11,8 +11,9 @@ from pathlib import Path
 
 import aqtx
 from aqtx.commands.summary import format_interval
-from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
+from aqtx.evaluate.arms import EvalSettings, evaluate_arms
 from aqtx.registry import Context
+from aqtx.runs.arms import open_arms
 
 UNIFORM = [{"assign_plan": {"method": "uniform", "candidates": ["mxfp8"]}}, "gptq", "emit"]
 # label -> recipe and overrides; the table's first row, the unquantized model, is no run

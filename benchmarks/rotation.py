@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 import aqtx
-from aqtx.evaluate.intervals import paired_change
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change
 from aqtx.program.program import Program
-from aqtx.registry import Context, build
+from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
+from aqtx.runs.recipe import build
 from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
 from benchmarks.arms import measured
 from benchmarks.outliers import plant

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import aqtx
 from aqtx.program.hadamard_op import OP, buffers
 from aqtx.program.program import Program
-from aqtx.registry import build
 from aqtx.runs.pipeline import run
+from aqtx.runs.recipe import build
 
 
 class Gated(nn.Module):

@@ -18,8 +18,8 @@ import torch
 
 import aqtx
 from aqtx.commands.summary import format_interval
-from aqtx.evaluate.intervals import paired_change
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.quantize import Quantize

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aqtx.program.program import LINEAR, Program, Site, weight_node
+from aqtx.program.program import Program
+from aqtx.program.site import LINEAR, Site, weight_node
 from aqtx.registry import Context
 from aqtx.rotation.row_ops import is_linear
 from aqtx.sensitivity.rounded_run import calibrated, results

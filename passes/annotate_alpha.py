@@ -1,14 +1,13 @@
 """`annotate_alpha`: how heavy-tailed each weight matrix's spectrum is."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from aqtx.errors import InputError
-from aqtx.machine.ranks import current
-from aqtx.numerics.alpha import AlphaStats, analyze, check_options
-from aqtx.program.program import Program, Site
-from aqtx.registry import Changes, Context, Pass, Refusal, register
+from aqtx.numerics.alpha import check_options
+from aqtx.program.program import Program
+from aqtx.program.site import Site
+from aqtx.registry import Changes, Context, Pass, register
+from aqtx.sensitivity.alpha import AlphaOptions, alpha_after_csv, alpha_csv, measure_alpha
 from aqtx.sensitivity.selection import selected_sites
 
 
@@ -47,39 +46,15 @@ class AnnotateAlpha(Pass):
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Annotate; all matrices that hold NaN are named in one error."""
-        changes, broken = Changes(), []
+        return measure_alpha(program, sites, self.options, context)
 
-        def measure(site: Site) -> tuple[AlphaStats, AlphaStats]:
-            W = program.read(site).to(context.device)
-            stats = self.analyze(W)
-            return stats, self._analyze(W, "full") if self.raw and self.spectra != "full" else stats
+    def tables(self, program: Program) -> dict[str, str]:
+        """`alpha.csv`, and `alpha_after.csv` where matrices were rounded."""
+        found = {"alpha.csv": alpha_csv(program), "alpha_after.csv": alpha_after_csv(program, self.options)}
+        return {name: text for name, text in found.items() if text}
 
-        found = current().share(measure, sites, progress=partial(context.progress, description="annotate_alpha"))
-        for site, (stats, raw) in zip(sites, found, strict=True):
-            reason = stats.reason[0]
-            if stats.method[0].endswith("/none") and reason is not None and "NaN" in reason:
-                broken.append(f"{site.name}: {reason}")
-                continue
-            _annotate(site, stats, raw)
-            if reason is None:
-                changes.changed.append(site.name)
-            else:
-                changes.refused.append(Refusal(site.name, f"its alpha is degenerate: {reason}"))
-        if broken:
-            raise InputError(*broken)
-        changes.details["sites"] = [{"site": site.name, "alpha_raw": site.get("alpha_info")["raw"]} for site in sites]
-        return changes
-
-    def analyze(self, W: Any) -> AlphaStats:
-        """Alpha of one matrix by this pass's own estimator."""
-        return self._analyze(W, self.spectra)
-
-    def _analyze(self, W: Any, spectra: str) -> AlphaStats:
-        return analyze(W, k_fraction=self.k_fraction, spectra=spectra, threshold=self.threshold, precise=self.precise)
-
-
-def _annotate(site: Site, stats: AlphaStats, raw: AlphaStats) -> None:
-    site.set("alpha", float(stats.alpha[0]) if stats.reason[0] is None else None)
-    info = {"k_used": stats.k_used[0], "n_eigs": stats.num_eigenvalues[0], "method": stats.method[0]}
-    raw_alpha = float(raw.alpha[0]) if raw.reason[0] is None else None
-    site.set("alpha_info", {**info, "reason": stats.reason[0], "raw": raw_alpha})
+    @property
+    def options(self) -> AlphaOptions:
+        """The estimator."""
+        names = ("spectra", "k_fraction", "threshold", "precise", "raw")
+        return AlphaOptions(**{name: getattr(self, name) for name in names})

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from aqtx.formats import parse
 from aqtx.numerics.error import qsnr
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, register
 from aqtx.sensitivity.by_format import ByFormat
 from aqtx.sensitivity.measured import measure

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, register
 from aqtx.sensitivity.by_format import ByFormat, annotated
 from aqtx.sensitivity.inputs import measure_inputs

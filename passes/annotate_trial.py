@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, register
 from aqtx.sensitivity.by_format import ByFormatOnText, annotated
 from aqtx.sensitivity.trial import KEYS, measure_trials

@@ -2,15 +2,16 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 from aqtx.errors import problems_of
 from aqtx.planning.decide import decide
 from aqtx.planning.manual import read_manual
 from aqtx.planning.options import DEGENERATE, choose
 from aqtx.planning.settings import Settings
+from aqtx.program.edits import QuantizeActivation
 from aqtx.program.plan import Plan
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.sensitivity.selection import unique_sites
 
@@ -54,22 +55,21 @@ class AssignPlan(Settings, Pass):
             for key, value in (("format", entry.format), ("activation", entry.activation), ("why", entry.why)):
                 site.set(key, value)
             site.set("rotation", None if entry.rotation is None else {"block": entry.rotation})
-        for edit in activation_edits(program):
-            program.edit(edit)
+        program.edit(*activation_edits(program))
         refused = [Refusal(name, entry.why) for name, entry in plan.sites.items() if entry.why.startswith(DEGENERATE)]
         return Changes(changed=list(plan.planned), refused=refused, details={**_details(plan), **decision.details})
 
 
-def activation_edits(program: Program) -> list[dict[str, Any]]:
+def activation_edits(program: Program) -> list[QuantizeActivation]:
     """The nodes that quantize activations: one edit for each weight with a planned input format.
 
     Experts of one stack may differ; one that is not planned reads its input as it is.
     """
     edits = []
     for weight, sites in program.sites_by_weight().items():
-        formats = [site.get("activation") or "" for site in sites]
+        formats = tuple(site.get("activation") or "" for site in sites)
         if any(formats):
-            edits.append({"edit": "quantize_activation", "weight": weight, "formats": formats})
+            edits.append(QuantizeActivation(weight=weight, formats=formats))
     return edits
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from aqtx.errors import InputError
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, Pass, register
 
 

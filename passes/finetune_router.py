@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.evaluate.intervals import bootstrap_ratio
 from aqtx.finetune.frozen import Frozen
 from aqtx.finetune.loop import Schedule, Trainer
 from aqtx.finetune.losses import LossWeights
 from aqtx.finetune.measure import Routing, measure_routing
 from aqtx.finetune.routed import routed, router_sites
-from aqtx.program.program import Program, Site
+from aqtx.numerics.intervals import bootstrap_ratio
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, Pass, register
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.program.weight_changes import Scale
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.rotation.residual_stream import NORM, readers

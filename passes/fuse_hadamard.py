@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.rotation.fusion import Fusion, fuse_heads, fuse_stream
 from aqtx.rotation.residual_stream import residual_stream

@@ -13,7 +13,8 @@ from aqtx.machine.memory import PeakMemory, free_bytes
 from aqtx.machine.ranks import current
 from aqtx.numerics.gptq import Options
 from aqtx.program.blocks import split_blocks
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, Pass, register
 from aqtx.rotation.select import check_planned
 from aqtx.text.self_sampling import FILE_NAME as SAMPLED

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from aqtx.errors import InputError, problems_of
 from aqtx.numerics.hadamard import is_order
-from aqtx.program.program import Program, Site
+from aqtx.program.edits import Hadamard
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.program.weight_changes import Rotate
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.rotation.select import check_plain, input_rotation, select_named, select_sites
@@ -79,11 +81,11 @@ class InsertHadamard(Pass):
         changes = Changes(refused=[_partial(site) for name in partial for site in weights.pop(name)])
         check_plain(program, weights)
         seed = None if not self.signs else context.seed if self.seed is None else self.seed
-        edits: list[dict[str, Any]] = []
+        edits: list[Hadamard] = []
         for name, members in weights.items():
             block = self._block(program, members[0])
             program.weights.change(name, Rotate(block, seed))
-            edits.append({"edit": "hadamard", "weight": name, "block": block, "seed": seed})
+            edits.append(Hadamard(weight=name, block=block, seed=seed))
             changes.changed += [site.name for site in members]
         program.edit(*edits)
         changes.details = {"weights": len(weights)}

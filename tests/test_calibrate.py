@@ -10,10 +10,11 @@ from torch import nn
 from aqtx.blockwise.block_runner import Runner, Want, waves_of
 from aqtx.blockwise.block_stream import Stream
 from aqtx.blockwise.input_moments import Moments, add_outer, mirror
+from aqtx.checkpoint.open import trace
 from aqtx.program.blocks import evaluate, split_blocks
+from aqtx.program.edits import QuantizeActivation
 from aqtx.program.gate_scores import find_gate_scores, is_inside_experts
 from aqtx.program.program import Program
-from aqtx.program.trace import trace
 from tests.tiny import random_model
 
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ def test_activation_quantization_is_in_effect(model, ids) -> None:
     program = trace(model)
     for name in ("gate_proj", "up_proj"):
         weight = f"model.layers.0.mlp.experts.{name}"
-        program.edit({"edit": "quantize_activation", "weight": weight, "formats": ["mxfp4"] * 4})
+        program.edit(QuantizeActivation(weight=weight, formats=("mxfp4",) * 4))
     blocks = blocks_of(program)
     stage = waves_of(blocks[1], [site for site in planned(program) if site.layer == 0])[2][0]
     assert stage.source.target is torch.ops.aqtx.quantize_activation.default and len(stage.sites) == 2

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import aqtx.text.self_sampling as ebss
+from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.program.program import Program
-from aqtx.program.trace import trace
 from aqtx.runs.recipe import parse_recipe
 from aqtx.text.sources import read_passages
 from aqtx.text.tokens import CalibrationSpec

@@ -5,14 +5,9 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
-from aqtx.evaluate.intervals import (
-    bootstrap_ratio,
-    paired_change,
-    paired_difference,
-    perplexity_interval,
-    perplexity_report,
-)
 from aqtx.evaluate.perplexity import DocumentScores, cut_windows, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change, perplexity_interval, perplexity_report
+from aqtx.numerics.intervals import bootstrap_ratio, paired_difference
 from aqtx.text.tokens import Document
 
 VOCAB = 11

@@ -27,7 +27,7 @@ def folder(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program():
-    from aqtx.program.trace import trace
+    from aqtx.checkpoint.open import trace
 
     return trace("tinymoe", torch.float32)
 
@@ -78,11 +78,11 @@ def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(progra
     from lm_eval.models.huggingface import HFLM
 
     import aqtx
-    from aqtx.checkpoint.export import dequantized
+    from aqtx.checkpoint.export import export_dequantized
+    from aqtx.checkpoint.open import trace
     from aqtx.evaluate.lm import ProgramLM
     from aqtx.passes.emit import Emit
     from aqtx.passes.quantize import Quantize
-    from aqtx.program.trace import trace
     from aqtx.registry import Context
 
     quantized = trace("tinymoe", torch.float32)
@@ -92,7 +92,7 @@ def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(progra
     for step in (Quantize(), Emit()):
         step.run(quantized, Context(quiet=True))
     aqtx.save(quantized, tmp_path / "packed")
-    dequantized(tmp_path / "packed", tmp_path / "plain", dtype=torch.float32)
+    export_dequantized(tmp_path / "packed", tmp_path / "plain", dtype=torch.float32)
     quantized.emitted = False  # the dense lowering
     mine = ProgramLM(quantized.module(), ours.tokenizer, max_length=512, batch_size=5)
     other = HFLM(pretrained=str(tmp_path / "plain"), dtype="float32", batch_size=5, device="cpu", max_length=512)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.finetune import losses
 from aqtx.finetune.frozen import Frozen
@@ -15,8 +16,8 @@ from aqtx.finetune.routed import routed
 from aqtx.formats import quantize
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.unfreeze_router import UnfreezeRouter
+from aqtx.program.edits import QuantizeActivation
 from aqtx.program.program import Program
-from aqtx.program.trace import trace
 from aqtx.registry import Changes, Context
 from tests.tiny import OLMOE, random_model
 
@@ -49,7 +50,7 @@ def rounded(model: torch.nn.Module, activation: str | None = None) -> Program:
         shrunk = SHRUNK if site.layer == 0 and site.category == "mlp_down" else 1.0
         program.codes[site.name] = quantize(program.read(site) * shrunk, "mxfp8")
     for weight in sorted({site.weight for site in experts}) if activation else []:
-        program.edit({"edit": "quantize_activation", "weight": weight, "formats": [activation]})
+        program.edit(QuantizeActivation(weight=weight, formats=(activation,)))
     return program
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from aqtx.evaluate.intervals import paired_change
+from aqtx.checkpoint.open import trace
 from aqtx.evaluate.perplexity import evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.quantize import Quantize
 from aqtx.passes.unfreeze_router import UnfreezeRouter
-from aqtx.program.trace import trace
 from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
 from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from aqtx.checkpoint.open import trace
 from aqtx.machine.memory import PeakMemory
 from aqtx.passes.gptq import Gptq
-from aqtx.program.trace import trace
 from aqtx.registry import Context
 from tests.tiny import OLMOE
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.formats import quantize
 from aqtx.passes.gptq import Gptq
 from aqtx.program.program import Program
-from aqtx.program.trace import trace
 from aqtx.registry import Changes, Context
 from tests.tiny import OLMOE, random_model, write_checkpoint
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import aqtx
-from aqtx.evaluate.intervals import paired_change
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
 from aqtx.program.program import Program

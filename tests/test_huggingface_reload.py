@@ -13,10 +13,11 @@ from test_huggingface_trace import foreign
 from transformers import AutoModelForCausalLM
 
 import aqtx
-from aqtx.checkpoint.export import dequantized
+from aqtx.checkpoint.export import export_dequantized
 from aqtx.formats import quantize
 from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
+from aqtx.program.edits import Hadamard, QuantizeActivation
 
 FORMATS = ("mxfp4", "int4_g32_asym", "mxfp6", "nvfp4")
 
@@ -60,7 +61,7 @@ def test_rotated_models_reload_with_their_rotations(name: str, tmp_path: Path) -
     passes = (FoldNorms(), InsertHadamard(before=("mlp_down", "residual"), block=16))
     folder = quantized(tmp_path / "quantized", tmp_path / "source", passes=passes)
     program, ids = aqtx.load(folder), token_ids(2, 11)
-    assert any(edit["edit"] == "hadamard" for edit in program.edits)
+    assert any(isinstance(edit, Hadamard) for edit in program.edits)
     with torch.no_grad():
         assert (reloaded(folder)(ids).logits - program.module()(ids)).abs().max() <= 2e-6
 
@@ -71,7 +72,7 @@ def test_quantized_activations_reload(tmp_path: Path) -> None:
     for weight, sites in program.sites_by_weight().items():
         names = ["mxfp8" if site.expert is None or site.expert % 2 else "int8" for site in sites]
         if sites[0].category not in ("router", "lm_head"):
-            program.edit({"edit": "quantize_activation", "weight": weight, "formats": names})
+            program.edit(QuantizeActivation(weight=weight, formats=tuple(names)))
             for site in sites:
                 program.codes[site.name] = quantize(program.read(site), "mxfp6")
     program.emitted = True
@@ -95,7 +96,7 @@ def test_bfloat16_gives_the_same_greedy_tokens(name: str, tmp_path: Path) -> Non
 def test_models_that_only_transformers_knows_reload_and_export(model_type: str, tmp_path: Path) -> None:
     foreign(model_type).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "quantized", tmp_path / "source")
-    dequantized(folder, tmp_path / "plain", dtype=torch.float32)
+    export_dequantized(folder, tmp_path / "plain", dtype=torch.float32)
     ids = token_ids(2, 11)
     with torch.no_grad():
         expected = aqtx.load(folder).module()(ids)
@@ -113,13 +114,13 @@ def test_exported_folders_are_plain_and_compute_the_same(name: str, tmp_path: Pa
     oracle(name).save_pretrained(tmp_path / "source")
     passes = (FoldNorms(), InsertHadamard(before=("mlp_down", "residual"), block=16))
     folder = quantized(tmp_path / "quantized", tmp_path / "source", passes=passes)
-    dequantized(folder, tmp_path / "plain", dtype=torch.float32)
+    export_dequantized(folder, tmp_path / "plain", dtype=torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     ids = token_ids(2, 11)
     with torch.no_grad():
         expected = aqtx.load(folder).module()(ids)
         assert (reloaded(tmp_path / "plain")(ids).logits - expected).abs().max() <= 5e-6
-    dequantized(folder, tmp_path / "half")
+    export_dequantized(folder, tmp_path / "half")
     assert reloaded(tmp_path / "half", "auto").dtype == torch.bfloat16
 
 

@@ -118,8 +118,8 @@ MEASURE = """
 import json, sys, torch
 from aqtx.machine.memory import peak_bytes
 from aqtx.models import build
-from aqtx.program.tracing import export_entry
-import aqtx.formats.grouped
+from aqtx.program.trace import export_entry
+import aqtx.formats.grouped_linear
 with torch.device("meta"):
     model = build(json.loads(sys.argv[1])).eval().to("meta").to(torch.bfloat16)
 export_entry(model, "score")

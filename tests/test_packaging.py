@@ -136,7 +136,7 @@ def test_the_package_imports_without_the_project_root_on_the_path(clone, tmp_pat
         capture_output=True,
     )
     code = (
-        "import aqtx.registry as r, importlib.util as u, pathlib;"
+        "import aqtx.runs.recipe as r, importlib.util as u, pathlib;"
         f"assert pathlib.Path(r.__file__).is_relative_to({str(tmp_path)!r}), r.__file__;"
         "assert 'emit' in r.load_passes();"
         "assert not any(u.find_spec(name) for name in ('passes', 'models', 'recipes'));"

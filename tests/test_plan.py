@@ -25,7 +25,7 @@ from aqtx.program.program import Program
 from aqtx.registry import Context
 from aqtx.runs.pipeline import run
 from aqtx.runs.schema import parse_fields
-from aqtx.sensitivity.alpha_table import COLUMNS, alpha_csv
+from aqtx.sensitivity.alpha import COLUMNS, alpha_csv
 
 EXPERTS = 24  # 2 layers x 4 experts x 3 projections, all of 128 x 64 weights
 

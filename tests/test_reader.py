@@ -8,7 +8,8 @@ import torch
 from model_cases import CASES, oracle, ours, token_ids
 from safetensors.torch import load_file, save_file
 
-from aqtx.checkpoint.reader import CheckpointReader, locate
+from aqtx.checkpoint.locate import locate
+from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.errors import InputError
 from aqtx.models import build, load_config
 from aqtx.program.names import NamesTable, stacked_name

@@ -9,14 +9,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from aqtx.errors import InputError
-from aqtx.report import write_comparison, write_report
 from aqtx.report.canvas import save_figure
+from aqtx.report.compare import write_comparison
 from aqtx.report.data import read_run
 from aqtx.report.figures_clusters import assign_clusters
 from aqtx.report.figures_maps import draw_grids, layer_map
 from aqtx.report.fits import all_fits
 from aqtx.report.numbers import decimal, interval, megabytes
 from aqtx.report.parts import PARTS
+from aqtx.report.write import write_report
 
 LAYERS, EXPERTS, COLUMNS = (
     3,

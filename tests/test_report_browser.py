@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from aqtx.report import write_report
 from aqtx.report.parts import PARTS
+from aqtx.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: install it to check the page")

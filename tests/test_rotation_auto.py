@@ -8,15 +8,16 @@ import torch
 
 import aqtx
 from aqtx.errors import InputError
-from aqtx.evaluate.intervals import clearly_less
 from aqtx.formats import parse
 from aqtx.numerics.allocate import allocate
+from aqtx.numerics.intervals import clearly_less
 from aqtx.planning.rotate import Rotations
 from aqtx.program.hadamard_op import OP
 from aqtx.program.program import Program
 from aqtx.program.weight_changes import Scale
-from aqtx.registry import Context, build
+from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
+from aqtx.runs.recipe import build
 from aqtx.sensitivity.rotation import annotation, measure_rotations
 from aqtx.sensitivity.rounded_run import Rounding, sequence_losses
 from benchmarks.outliers import plant

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqtx.checkpoint.shards import sha256
 from aqtx.errors import InputError
+from aqtx.machine.files import sha256
 from aqtx.runs.directory import CHECKSUMS, RunDirectory
 from aqtx.runs.fingerprint import first_difference, ids_hash, text_hashes
 

@@ -17,11 +17,12 @@ from aqtx.passes.annotate_fisher import AnnotateFisher
 from aqtx.passes.annotate_hessian import AnnotateHessian
 from aqtx.passes.annotate_trial import AnnotateTrial
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
+from aqtx.sensitivity.alpha import robust_z
 from aqtx.sensitivity.calibrated import fit, fit_line
 from aqtx.sensitivity.rounded_model import RoundedModel, mean_loss
-from aqtx.sensitivity.scores import robust_z
 
 FORMATS = ("int3", "mxfp4")
 

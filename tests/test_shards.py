@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 
 from aqtx.checkpoint import shards
+from aqtx.machine.files import sha256
 
 
 def tensors():
@@ -28,7 +29,7 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         shards.write_shards(tensors(), tmp_path / name)
-    digests = [[shards.sha256(path) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")]
+    digests = [[sha256(path) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")]
     assert digests[0] == digests[1]
 
 

@@ -17,7 +17,7 @@ from aqtx.passes.assign_plan import AssignPlan
 from aqtx.planning.arms import ARMS, StudySpec, arm_of
 from aqtx.program.plan import Plan
 from aqtx.registry import Context
-from aqtx.report import write_report
+from aqtx.report.write import write_report
 from aqtx.runs.recipe import Recipe, parse_recipe
 from aqtx.runs.schema import parse_fields
 from aqtx.study.run import Study

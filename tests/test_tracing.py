@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 import aqtx
-from aqtx.program.program import LINEAR, grouped_linear_op
+from aqtx.program.site import GROUPED_LINEAR, LINEAR
 from tests.tiny import OLMOE, random_model
 
 IDS = torch.randint(0, 192, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -25,7 +25,7 @@ def test_traced_module_computes_the_same_bits_at_other_sizes_than_traced():
 def test_one_node_per_matrix_multiply_and_per_norm():
     graph = aqtx.trace(random_model()).graph
     layers = OLMOE["num_hidden_layers"]
-    assert count(graph, grouped_linear_op()) == 3 * layers
+    assert count(graph, GROUPED_LINEAR) == 3 * layers
     assert count(graph, LINEAR) == 5 * layers + 1  # q k v o router, and the head
     assert count(graph, torch.ops.aten.rms_norm.default) == 4 * layers + 1
 

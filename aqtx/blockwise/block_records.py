@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from aqtx.errors import InputError
+from aqtx.program.codes import CODES
 from aqtx.program.program import Program
-from aqtx.runs.resume_points import CODES
 
 
 @dataclass(frozen=True)

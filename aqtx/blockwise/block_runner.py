@@ -17,7 +17,8 @@ from aqtx.blockwise.input_moments import Moments
 from aqtx.machine.ranks import current
 from aqtx.program.blocks import Block, Values, ancestors, evaluate
 from aqtx.program.gate_scores import GateScores
-from aqtx.program.program import LINEAR, Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import LINEAR, Site
 
 
 @dataclass(frozen=True)

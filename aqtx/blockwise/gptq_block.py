@@ -22,7 +22,7 @@ from aqtx.numerics.gptq import Curvature, Options, Solution
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.program.blocks import Block, Values
 from aqtx.program.gate_scores import find_gate_scores, is_inside_experts
-from aqtx.program.program import Site
+from aqtx.program.site import Site
 
 Prior = Literal["none", "isotropic", "pooled"]
 POWERS = {"none": 0, "score": 1, "squared_score": 2}

@@ -11,7 +11,7 @@ from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.gptq_block import BlockRounder, take_codes
 from aqtx.machine.ranks import current
 from aqtx.program.blocks import Block, Values
-from aqtx.program.program import Site
+from aqtx.program.site import Site
 from aqtx.registry import Context
 
 

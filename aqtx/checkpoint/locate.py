@@ -6,15 +6,13 @@ from pathlib import Path
 from aqtx.errors import InputError, nearest
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_SHIPPED = Path(__file__).resolve().parents[1] / "models"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def shipped() -> dict[str, Path]:
     """Models that come with aqtx, by name."""
-    import aqtx.models
-
-    folder = Path(aqtx.models.__file__).parent
-    return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+    return {path.parent.name: path.parent for path in sorted(_SHIPPED.glob("*/config.json"))}
 
 
 def locate(source: str | Path) -> Path:

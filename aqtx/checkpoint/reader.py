@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqtx.checkpoint.locate import locate
 from aqtx.errors import InputError
-from aqtx.program.names import PARTS, NamesTable, Shape
-
-__all__ = ["CheckpointReader", "Entry", "locate", "read_header"]
+from aqtx.formats.decode import PARTS
+from aqtx.program.names import NamesTable, Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

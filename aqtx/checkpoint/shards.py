@@ -7,7 +7,6 @@ so that memory holds one tensor, and put behind the header when the shard is ful
 first, which keeps every tensor aligned.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -16,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from aqtx.errors import InputError
 
 MAX_SHARD_BYTES = 2_000_000_000
 _HEADER_ALIGNMENT = 8
@@ -100,17 +97,3 @@ class _Shard:
                     shutil.copyfileobj(data, stream, 1 << 20)
                 self._scratch(size).unlink()
         return file
-
-
-def make_folder(folder: Path) -> None:
-    """A folder that a user named, with those above it; InputError where it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

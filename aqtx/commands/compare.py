@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page and print where."""
-    from aqtx.report import write_comparison
+    from aqtx.report.compare import write_comparison
 
     print(write_comparison(arguments.directories, arguments.output))
     return 0

@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, and write the logs where asked."""
-    from aqtx.checkpoint.shards import make_folder
-    from aqtx.evaluate.arms import EvalSettings, evaluate_arms, open_arms
+    from aqtx.evaluate.arms import EvalSettings, evaluate_arms
     from aqtx.machine.devices import device_of
+    from aqtx.machine.files import make_folder
     from aqtx.registry import Context
+    from aqtx.runs.arms import open_arms
 
     settings = EvalSettings(
         perplexity=None if arguments.perplexity == "none" else arguments.perplexity,

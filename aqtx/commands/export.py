@@ -23,11 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folder and tell its size."""
     import torch
 
-    from aqtx.checkpoint.export import dequantized
+    from aqtx.checkpoint.export import export_dequantized
 
     source: Path = arguments.directory
     output = arguments.output or source.with_name(f"{source.name}-{arguments.to}")
-    made = dequantized(source, output, dtype=getattr(torch, arguments.dtype))
+    made = export_dequantized(source, output, dtype=getattr(torch, arguments.dtype))
     print(f"{made.directory}: {format_bytes(made.bytes)} of {arguments.dtype} weights")
     if made.activations:
         print(

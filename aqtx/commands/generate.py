@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the prompt, then each piece of text as soon as its tokens are there."""
-    from aqtx.checkpoint.write import open_program
+    from aqtx.checkpoint.open import open_program
     from aqtx.errors import InputError
     from aqtx.machine.devices import device_of
     from aqtx.program.generate import Generator

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def list_passes() -> str:
     """Every pass with its fields: name, type, default and what its docstring says of it."""
-    from aqtx.registry import load_passes
+    from aqtx.runs.recipe import load_passes
 
     blocks = []
     for name, cls in sorted(load_passes().items()):

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write report.html and the figures, and print where."""
-    from aqtx.report import write_report
+    from aqtx.report.write import write_report
 
     print(write_report(arguments.directory))
     return 0

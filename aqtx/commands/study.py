@@ -11,7 +11,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from aqtx.planning.arms import StudySpec
-    from aqtx.report import write_report
+    from aqtx.report.write import write_report
     from aqtx.study.run import study_recipe
 
     _, directory = study_recipe(recipe, recipe.study or StudySpec())

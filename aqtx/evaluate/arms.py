@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from aqtx.errors import InputError
-from aqtx.evaluate.intervals import paired_change, perplexity_interval
 from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change, perplexity_interval
+from aqtx.evaluate.tasks import answer_gaps, compare_tasks, run_tasks
+from aqtx.program.generate import Generator
 from aqtx.program.program import Program
+from aqtx.report.numbers import interval
 from aqtx.text.tokens import evaluation, load_tokenizer
 
 _MAX_WINDOW = 2048
@@ -49,8 +50,6 @@ class EvalResults:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-item logs."""
-        from aqtx.evaluate.tasks import compare_tasks
-
         text = {name: self._text(name) for name in self.perplexity}
         return {"perplexity": text, "tasks": compare_tasks(self.tasks, seed=self.settings.seed) if self.tasks else {}}
 
@@ -70,8 +69,6 @@ class EvalResults:
 
     def to_markdown(self) -> str:
         """A table of arms against measures; differences to the first arm stand beside each value."""
-        from aqtx.report.numbers import interval  # its package draws figures: heavy, and not needed to measure
-
         data = self.to_json()
         lines = ["| model | measure | value [95 %] | difference to the first [95 %] |", "|---|---|---|---|"]
         for name, entry in data["perplexity"].items():
@@ -92,8 +89,6 @@ class EvalResults:
 
         samples/ARM.TASK.jsonl, differing/ARM.TASK.jsonl (with how close each answer was), documents/ARM.json.
         """
-        from aqtx.evaluate.tasks import answer_gaps
-
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "eval.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
         (folder / "eval.md").write_text(self.to_markdown())
@@ -106,29 +101,6 @@ class EvalResults:
                 _write(folder / "samples" / place, _lines(result.samples))
                 if tasks is not reference:
                     _write(folder / "differing" / place, _lines(answer_gaps(reference[task], result)))
-
-
-def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dtype | None = None) -> dict[str, Program]:
-    """Programs by name: quantized or Hugging Face folders, shipped or hub names, `NAME=SOURCE` to name one.
-
-    A plan is applied by rounding to nearest and saved nowhere: the last source comes a second time under it.
-    """
-    from aqtx.checkpoint.write import open_program
-
-    arms: dict[str, Program] = {}
-    for source in sources:
-        name, _, place = source.rpartition("=")
-        arms[_free(name or Path(place).name, arms)] = open_program(place, dtype)
-    if plan is not None:
-        from aqtx.passes.assign_plan import AssignPlan
-        from aqtx.passes.emit import Emit
-        from aqtx.passes.quantize import Quantize
-        from aqtx.runs.pipeline import run
-
-        planned = open_program(sources[-1].rpartition("=")[2], dtype)
-        steps = [AssignPlan(method="manual", plan=str(plan)), Quantize(), Emit()]
-        arms[_free(plan.stem, arms)] = run(planned, steps)
-    return arms
 
 
 def evaluate_arms(
@@ -156,9 +128,7 @@ def evaluate_arms(
 
 def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any]:
     """Scores by task of one program, which needs a folder with a tokenizer."""
-    from aqtx.evaluate.lm import ProgramLM
-    from aqtx.evaluate.tasks import run_tasks
-    from aqtx.program.generate import Generator
+    from aqtx.evaluate.lm import ProgramLM  # brings lm-eval: seconds and 200 MB that only tasks need
 
     if program.folder is None:
         raise InputError("the model has no folder with a tokenizer, so no task can be run")
@@ -180,11 +150,6 @@ def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any
 
 def _window(program: Program, settings: EvalSettings) -> int:
     return settings.window or min(int(program.config.get("max_position_embeddings", _MAX_WINDOW)), _MAX_WINDOW)
-
-
-def _free(name: str, taken: Mapping[str, Any]) -> str:
-    """The name, or with a number behind it where it is taken."""
-    return next(word for word in (name, *(f"{name}-{i}" for i in range(2, 100))) if word not in taken)
 
 
 def _file_name(name: str) -> str:

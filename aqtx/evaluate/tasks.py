@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aqtx.errors import InputError, nearest
-from aqtx.evaluate.intervals import Interval, bootstrap_ratio, paired_difference
+from aqtx.numerics.intervals import Interval, bootstrap_ratio, paired_difference
 
 METRICS = ("acc_norm", "acc", "exact_match")  # the first one that a task has is its headline
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqtx.evaluate.intervals import clearly_less
 from aqtx.finetune.losses import LossWeights
 from aqtx.finetune.routed import Routed
+from aqtx.numerics.intervals import clearly_less
 
 _COMPILE_PAYS_AFTER = 120.0  # seconds of eager training still to come for which compiling is tried
 

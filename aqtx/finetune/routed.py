@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from aqtx.program.edits import activation_ops
-from aqtx.program.program import Program, Site, bind, weight_node
+from aqtx.program.inserted_ops import ACTIVATION_OPS
+from aqtx.program.program import Program, bind
+from aqtx.program.site import Site, weight_node
 
 ROUTERS = ("router", "shared_expert_gate")
 
@@ -70,6 +71,6 @@ def _return_router_logits(module: fx.GraphModule, sites: list[Site]) -> tuple[st
 
 def _drop_activation_quantization(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        if node.target in activation_ops():
+        if node.target in ACTIVATION_OPS:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -11,13 +11,14 @@ from aqtx.formats.table import Format, names, parse
 if TYPE_CHECKING:
     from aqtx.formats.codec import fake_quantize, quantize
     from aqtx.formats.mixed import MixedExperts
-    from aqtx.formats.tensor import QuantizedTensor
+    from aqtx.formats.tensor import QuantizedTensor, dequantized
 
-__all__ = ["Format", "MixedExperts", "QuantizedTensor", "fake_quantize", "names", "parse", "quantize"]
+__all__ = ["Format", "MixedExperts", "QuantizedTensor", "dequantized", "fake_quantize", "names", "parse", "quantize"]
 
 _HOMES = {
     "MixedExperts": "aqtx.formats.mixed",
     "QuantizedTensor": "aqtx.formats.tensor",
+    "dequantized": "aqtx.formats.tensor",
     "fake_quantize": "aqtx.formats.codec",
     "quantize": "aqtx.formats.codec",
 }

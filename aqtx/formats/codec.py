@@ -11,20 +11,13 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.formats import kernel
+from aqtx.formats.decode import to_storage_dtype
 from aqtx.formats.elements import round_value, value_to_code
 from aqtx.formats.packing import memory_bytes, pack
-from aqtx.formats.scales import (
-    E8M0_NAN,
-    Affine,
-    Scales,
-    choose_for_blocks,
-    decode_scale,
-    per_matrix_scale,
-    snap_blocks,
-    to_blocks,
-)
+from aqtx.formats.scale_rules import choose_for_blocks, per_matrix_scale
+from aqtx.formats.scales import E8M0_NAN, Affine, Scales, decode_scale, snap_blocks, to_blocks
 from aqtx.formats.table import NVFP4_SCALE, Format, parse
-from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
+from aqtx.formats.tensor import QuantizedTensor
 
 __all__ = [
     "Scales", "all_finite", "check_finite", "choose_scales", "decode_scale", "encode", "fake_quantize",

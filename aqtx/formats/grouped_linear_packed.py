@@ -9,21 +9,19 @@ hit       one opaque op that decodes, when it runs, only the experts that tokens
           kernel where there is one, else a loop over the hit experts in plain torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aqtx.formats import kernel
+from aqtx.formats.decode import Bucket
 from aqtx.formats.grouped_linear import group_bounds
 from aqtx.formats.packed_linear import KERNEL_DTYPES
 from aqtx.formats.table import parse
 
-Bucket = Any  # QuantizedTensor or plain Tensor, [E_b, N, K]
-_PART_NAMES = ("qdata", "scale", "zero_point", "per_tensor_scale")
 _lowering: ContextVar[str] = ContextVar("aqtx_lowering", default="auto")
 
 
@@ -44,23 +42,23 @@ def current_lowering() -> str:
     return _lowering.get()
 
 
-def lower(x: Tensor, buckets: list[Bucket], slots: list[int], offsets: Tensor) -> Tensor:
+def lower(x: Tensor, buckets: Sequence[Bucket], slots: list[int], offsets: Tensor) -> Tensor:
     """The grouped linear of packed experts, by the chosen lowering."""
     choice = _lowering.get()
     if choice == "dense" or (choice == "auto" and x.device.type != "cpu"):
         return _dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
-    num_outputs = buckets[0].shape[1]
+    num_outputs = buckets[0].parts["qdata"].shape[1]
     if x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
-        parts = [part.contiguous() for bucket in buckets for _, part in _present(bucket)]
-        specs = [number for bucket in buckets for number in _spec(bucket)]
+        parts = [part.contiguous() for bucket in buckets for part in bucket.parts.values()]
+        specs = [number for bucket in buckets for number in kernel.spec_of(bucket.fmt, bucket.num_columns)]
         return torch.ops.aqtx_cpu.grouped(x, offsets, parts, specs, slots, num_outputs)
     parts, layout = _describe(buckets)
     return torch.ops.aqtx.grouped_linear_hit(x, offsets, parts, layout, slots, num_outputs)
 
 
-def dequantize_all(buckets: list[Bucket], slots: list[int], dtype: torch.dtype) -> Tensor:
+def dequantize_all(buckets: Sequence[Bucket], slots: list[int], dtype: torch.dtype) -> Tensor:
     """[E, N, K] in the experts' order."""
-    dense = [_dequantize(bucket, dtype) for bucket in buckets]
+    dense = [bucket.dequantize(dtype) for bucket in buckets]
     if slots == sorted(slots):
         return torch.cat(dense) if len(dense) > 1 else dense[0]
     experts = [expert for stack in dense for expert in stack.unbind(0)]
@@ -73,47 +71,19 @@ def _dense_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.ops.aqtx.grouped_linear(x, weight, offsets)
 
 
-def _dequantize(bucket: Bucket, dtype: torch.dtype) -> Tensor:
-    return bucket.dequantize(dtype) if hasattr(bucket, "format_name") else bucket.to(dtype)
-
-
-def _describe(buckets: list[Bucket]) -> tuple[list[Tensor], str]:
+def _describe(buckets: Sequence[Bucket]) -> tuple[list[Tensor], str]:
     """Buckets as a flat list of plain tensors and a string that says what they are."""
-    parts: list[Tensor] = []
-    rows = []
-    for bucket in buckets:
-        present = _present(bucket)
-        parts += [part for _, part in present]
-        name = f"{bucket.format_name}:{bucket.num_columns}" if hasattr(bucket, "format_name") else ":"
-        rows.append(f"{name}:{'+'.join(name for name, _ in present)}")
+    parts = [part for bucket in buckets for part in bucket.parts.values()]
+    rows = [f"{bucket.fmt.name}:{bucket.num_columns}:{'+'.join(bucket.parts)}" for bucket in buckets]
     return parts, ",".join(rows)
-
-
-def _present(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """A bucket's inner tensors by name, in the order in which the ops take them."""
-    if not hasattr(bucket, "format_name"):
-        return [("qdata", bucket)]
-    return [(name, part) for name in _PART_NAMES if (part := getattr(bucket, name)) is not None]
-
-
-def _spec(bucket: Bucket) -> list[int]:
-    return kernel.spec_of(bucket.format if hasattr(bucket, "format_name") else parse("bf16"), bucket.shape[-1])
 
 
 def _rebuild(parts: list[Tensor], layout: str) -> list[Bucket]:
     """The inverse of `_describe`."""
-    from aqtx.formats.tensor import QuantizedTensor
-
-    remaining = iter(parts)
-    buckets: list[Bucket] = []
+    remaining, buckets = iter(parts), []
     for row in layout.split(","):
         name, num_columns, present = row.split(":")
-        named = {part: next(remaining) for part in present.split("+")}
-        qdata = named.pop("qdata")
-        if not name:
-            buckets.append(qdata)
-            continue
-        buckets.append(QuantizedTensor(qdata, name, int(num_columns), torch.bfloat16, **named))
+        buckets.append(Bucket(parse(name), int(num_columns), {part: next(remaining) for part in present.split("+")}))
     return buckets
 
 
@@ -123,10 +93,10 @@ def grouped_linear_hit(
 ) -> Tensor:
     """`grouped_linear` that decodes only the experts that have rows; `parts` and `layout` are the buckets."""
     out = x.new_empty(x.shape[0], num_outputs)
-    places = [(bucket, index) for bucket in _rebuild(parts, layout) for index in range(bucket.shape[0])]
+    places = [(bucket, index) for bucket in _rebuild(parts, layout) for index in range(bucket.num_experts)]
     for expert, start, end in group_bounds(offsets):
         bucket, index = places[slots[expert]]
-        weight = _dequantize(bucket[index], x.dtype)
+        weight = bucket.expert(index).dequantize(x.dtype)[0]
         torch.mm(x[start:end], weight.t(), out=out[start:end])
     return out
 

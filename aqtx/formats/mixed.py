@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from aqtx.errors import InputError
 from aqtx.formats import grouped_linear_packed
+from aqtx.formats.decode import PARTS, Bucket
+from aqtx.formats.table import parse
 from aqtx.formats.tensor import SOURCE_HASH, QuantizedTensor
 from aqtx.formats.torchao_base import TorchAOBaseTensor
 
@@ -58,6 +60,15 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
         """The stacked buckets."""
         return [getattr(self, f"bucket{index}") for index in range(self.num_buckets)]
 
+    def _stacks(self) -> list[Bucket]:
+        """The buckets as the grouped ops take them."""
+        return [
+            bucket.bucket()
+            if isinstance(bucket, QuantizedTensor)
+            else Bucket(parse(UNQUANTIZED), bucket.shape[-1], {"qdata": bucket})
+            for bucket in self.buckets
+        ]
+
     def expert(self, index: int) -> Any:
         """Expert `index` [N, K] as it is stored: a `QuantizedTensor` or a plain tensor."""
         slot = self.slots[index]
@@ -86,7 +97,7 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[E, N, K] in the experts' order."""
-        return grouped_linear_packed.dequantize_all(self.buckets, list(self.slots), dtype or self.orig_dtype)
+        return grouped_linear_packed.dequantize_all(self._stacks(), list(self.slots), dtype or self.orig_dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return [f"bucket{index}" for index in range(self.num_buckets)], (self.slots, self.orig_dtype)
@@ -121,7 +132,7 @@ def _stack(experts: list[Any]) -> Any:
     if not isinstance(first, QuantizedTensor):
         return torch.stack(experts)
     parts = {}
-    for name in ("qdata", "scale", "zero_point", "per_tensor_scale"):
+    for name in PARTS:
         if getattr(first, name) is not None:
             parts[name] = torch.stack([getattr(expert, name) for expert in experts])
     return QuantizedTensor(parts.pop("qdata"), first.format_name, first.num_columns, first.orig_dtype, **parts)
@@ -165,7 +176,7 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(torch.ops.aqtx.grouped_linear.default)
 def _grouped_linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, stack, offsets = args
-    return grouped_linear_packed.lower(x, stack.buckets, list(stack.slots), offsets)
+    return grouped_linear_packed.lower(x, stack._stacks(), list(stack.slots), offsets)
 
 
 @implements(torch.ops.aqtx.grouped_linear_grad_input.default)

@@ -6,16 +6,19 @@ An op that is not handled raises with its name; nothing dequantizes silently.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from aqtx.formats import kernel
-from aqtx.formats.elements import code_to_value
+from aqtx.formats import grouped_linear_packed, kernel, packed_linear
+from aqtx.formats.decode import PARTS, Bucket, decode
 from aqtx.formats.packing import from_disk_order, pack, to_disk_order, unpack
-from aqtx.formats.scales import Scales, decode_scale
+from aqtx.formats.scales import Scales
 from aqtx.formats.table import Format, parse
 from aqtx.formats.torchao_base import TorchAOBaseTensor
 
@@ -30,12 +33,6 @@ def _source_hash() -> str:
 
 
 SOURCE_HASH = _source_hash()
-
-
-def to_storage_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dequantized float32 values in `dtype`; finite codes stay finite, NaN stays NaN."""
-    largest = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
-    return values.clamp(-largest, largest).to(dtype)
 
 
 class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
@@ -91,7 +88,7 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
     @property
     def num_bytes(self) -> int:
         """Bytes of the inner tensors in memory."""
-        return sum(part.numel() * part.element_size() for part in self._parts().values())
+        return sum(part.numel() * part.element_size() for part in self.parts().values())
 
     def codes(self) -> Tensor:
         """uint8 codes [..., N, K], one a byte."""
@@ -99,23 +96,11 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight's values in `dtype` (default: the dtype of the weight that was quantized)."""
-        fmt, dtype = self.format, dtype or self.orig_dtype
-        if not fmt.is_packed:
-            return self.qdata.to(dtype)
-        scale, zero_point = decode_scale(self.scales, fmt), self.zero_point
-        codes = unpack(self.qdata, fmt.element.bits, self.num_columns)
-        size = fmt.block_size(self.num_columns)
-        missing = fmt.num_blocks(self.num_columns) * size - self.num_columns
-        if missing:
-            codes = torch.nn.functional.pad(codes, (0, missing))
-        zero = None if zero_point is None else zero_point.unsqueeze(-1)
-        values = code_to_value(codes.unflatten(-1, (-1, size)), fmt.element, zero)
-        values = (values * scale.unsqueeze(-1)).flatten(-2)
-        return to_storage_dtype(values[..., : self.num_columns] if missing else values, dtype)
+        return decode(self.parts(), self.format, self.num_columns, dtype or self.orig_dtype)
 
     def to_disk(self) -> dict[str, Tensor]:
         """Tensors as a checkpoint stores them: row-major codes, low bits first."""
-        parts = self._parts()
+        parts = self.parts()
         if self.format.is_packed:
             parts["qdata"] = to_disk_order(self.codes(), self.format.element.bits)
         return parts
@@ -131,10 +116,14 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         optional = [parts.get(name) for name in cls.optional_tensor_data_names]
         return cls(qdata.contiguous(), fmt.name, shape[-1], dtype, *optional)
 
-    def _parts(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """Inner tensors that are there, by name."""
-        found = {name: getattr(self, name) for name in [*self.tensor_data_names, *self.optional_tensor_data_names]}
+        found = {name: getattr(self, name) for name in PARTS}
         return {name: part for name, part in found.items() if part is not None}
+
+    def bucket(self) -> Bucket:
+        """A stack [E, N, K] as the grouped ops take it."""
+        return Bucket(self.format, self.num_columns, self.parts())
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """As the base class has it, without its loops: compiled graphs call it for every weight at every step."""
@@ -157,11 +146,97 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     def _stable_hash_for_caching(self) -> str:
         """Key of torch's compile cache, which would otherwise ignore the code behind the dispatch."""
-        parts = [(name, tuple(part.shape), str(part.dtype), str(part.device)) for name, part in self._parts().items()]
+        parts = [(name, tuple(part.shape), str(part.dtype), str(part.device)) for name, part in self.parts().items()]
         lowering = f"{SOURCE_HASH}|{kernel.serves(self.device)}"
         return f"QuantizedTensor|{lowering}|{self.format_name}|{self.orig_dtype}|{tuple(self.shape)}|{parts}"
 
 
 torch.serialization.add_safe_globals([QuantizedTensor])
 
-from aqtx.formats import dispatch  # noqa: E402, F401  (registers the ops; it needs the class)
+
+def dequantized(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A weight's values, packed (`QuantizedTensor`, `MixedExperts`) or plain; None keeps the dtype it stands for."""
+    if isinstance(value, TorchAOBaseTensor):
+        unpacked: Tensor = value.dequantize(dtype)
+        return unpacked
+    return value if dtype is None else value.to(dtype)
+
+
+# What torch's ops do with it. Linears are lowered by `packed_linear` and `grouped_linear_packed`; views exist along
+# leading dimensions only, because columns are packed. What is not listed raises in the base class with the op's name.
+
+aten = torch.ops.aten
+Args = tuple[Any, ...]
+Named = dict[str, Any]
+implements: Callable[[Any], Callable[[Any], Any]] = QuantizedTensor.implements
+implements_torch_function: Callable[[Any], Callable[[Any], Any]] = QuantizedTensor.implements_torch_function
+
+
+@implements_torch_function([F.linear, aten.linear.default, aten.linear])
+def _linear_function(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
+    return torch.ops.aqtx.quantized_linear(*packed_linear.arguments(args, kwargs))
+
+
+@implements([aten.linear.default, torch.ops.aqtx.quantized_linear.default])
+def _linear(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
+    return packed_linear.lower(*packed_linear.arguments(args, kwargs))
+
+
+@implements(torch.ops.aqtx.quantized_linear_grad_input.default)
+def _linear_grad_input(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
+    grad, weight = args
+    return grad @ weight.dequantize(grad.dtype)
+
+
+@implements(torch.ops.aqtx.grouped_linear.default)
+def _grouped_linear(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
+    x, weight, offsets = args
+    return grouped_linear_packed.lower(x, [weight.bucket()], list(range(weight.shape[0])), offsets)
+
+
+@implements(torch.ops.aqtx.grouped_linear_grad_input.default)
+def _grouped_linear_grad_input(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
+    grad, weight, offsets = args
+    return func(grad, weight.dequantize(grad.dtype), offsets)
+
+
+@implements(aten._to_copy.default)
+def _to_copy(func: Any, types: Any, args: Args, kwargs: Named) -> Any:
+    """Honours `dtype`, which is the dtype that the tensor stands for: codes and scales keep theirs."""
+    tensor = args[0]
+    wanted = tensor._get_to_kwargs(*args[1:], **kwargs)
+    moved = tensor._apply_fn_to_data(lambda part: part.to(wanted["device"], non_blocking=wanted["non_blocking"]))
+    made = QuantizedTensor(moved.qdata, tensor.format_name, tensor.num_columns, wanted["dtype"], *_optional(moved))
+    return return_and_correct_aliasing(func, args, kwargs, made)
+
+
+@implements([aten.select.int, aten.slice.Tensor])
+def _view_of_leading(func: Any, types: Any, args: Args, kwargs: Named) -> Any:
+    tensor, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].dim()
+    kept_dims = tensor.dim() - (func is aten.select.int)
+    if dim == tensor.dim() - 1 or kept_dims < 2:
+        raise NotImplementedError(f"{func} on dimension {dim} of {tensor}: only experts and rows can be sliced")
+    return return_and_correct_aliasing(func, args, kwargs, _on_leading(tensor, dim, lambda p: func(p, *args[1:])))
+
+
+@implements(aten.index_select.default)
+def _index_select(func: Any, types: Any, args: Args, kwargs: Named) -> Any:
+    tensor, dim, index = args
+    if dim % tensor.dim() == tensor.dim() - 1:
+        raise NotImplementedError(f"{func} on the packed columns of {tensor}")
+    return _on_leading(tensor, dim % tensor.dim(), lambda part: func(part, dim, index))
+
+
+def _on_leading(tensor: QuantizedTensor, dim: int, view: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+    """The same view of every inner tensor; NVFP4's scale per matrix has no rows to cut."""
+    per_tensor = tensor.per_tensor_scale
+    if per_tensor is not None and dim < tensor.dim() - 2:
+        per_tensor = view(per_tensor)
+    scale, zero_point = (None if part is None else view(part) for part in (tensor.scale, tensor.zero_point))
+    return QuantizedTensor(
+        view(tensor.qdata), tensor.format_name, tensor.num_columns, tensor.orig_dtype, scale, zero_point, per_tensor
+    )
+
+
+def _optional(tensor: QuantizedTensor) -> tuple[Tensor | None, ...]:
+    return tensor.scale, tensor.zero_point, tensor.per_tensor_scale

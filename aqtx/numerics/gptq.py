@@ -17,8 +17,9 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.formats.codec import Scales, all_finite, check_finite, choose_scales, nearest_codes, packed, quantize
+from aqtx.formats.decode import to_storage_dtype
 from aqtx.formats.table import Format, parse
-from aqtx.formats.tensor import QuantizedTensor, to_storage_dtype
+from aqtx.formats.tensor import QuantizedTensor
 from aqtx.numerics.cholesky import Factor, factor
 from aqtx.numerics.gptq_columns import Grid, columns_first, round_columns, rows_first
 from aqtx.numerics.gptq_rows import Differences, better_rows, bound_basis, row_errors

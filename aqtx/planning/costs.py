@@ -20,10 +20,10 @@ from torch import Tensor
 
 from aqtx.formats import Format
 from aqtx.planning.settings import Settings
-from aqtx.program.program import Site
+from aqtx.program.site import Site
+from aqtx.sensitivity.alpha import alpha_scores, median
 from aqtx.sensitivity.fisher import KEYS
 from aqtx.sensitivity.measured import error_table, table
-from aqtx.sensitivity.scores import alpha_scores, median
 
 CostFunction = Callable[[Sequence[Site], Sequence[Format], Settings, int], Tensor]
 

@@ -19,7 +19,8 @@ from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
 from aqtx.planning.tiers import TIERS, honour_limits
 from aqtx.program.plan import Plan, PlanEntry
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request
 from aqtx.sensitivity.selection import unique_sites

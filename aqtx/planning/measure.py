@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from aqtx.planning.settings import Settings
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.sensitivity.calibrated import alpha_variants, annotate_fit, fit, log_ratio
 from aqtx.sensitivity.fisher import KEYS, measure_fisher

@@ -11,8 +11,9 @@ from aqtx.numerics.allocate import least_size
 from aqtx.planning.groups import group_numbers
 from aqtx.planning.settings import Settings
 from aqtx.program.accounting import kept_bytes
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
 from aqtx.program.roles import select
+from aqtx.program.site import Site
 from aqtx.sensitivity.selection import unique_sites
 
 _ALPHA_METHODS = ("alpha", "alphaq", "ratio", "threshold")

@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aqtx.evaluate.intervals import clearly_less
 from aqtx.numerics.allocate import Allocation
+from aqtx.numerics.intervals import clearly_less
 from aqtx.planning.settings import Settings
+from aqtx.program.names import expert_key
 from aqtx.program.plan import Plan, PlanEntry
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.rotation.select import input_rotation
 from aqtx.sensitivity.measured import Request
@@ -161,8 +163,6 @@ def _noted(plan: Plan, sites: Sequence[Site], weights: set[str], block: int) -> 
 
 
 def _stack(site: Site) -> list[str]:
-    from aqtx.program.names import expert_key
-
     if site.expert is None:
         return [site.name]
     return [expert_key(site.weight, expert).removesuffix(".weight") for expert in range(site.slots)]

@@ -1,12 +1,12 @@
 """Counts of weights, bytes and bits: every weight is quantized, kept or refused, and they add up."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from aqtx.formats import parse
-from aqtx.program.program import Program, Site
-from aqtx.registry import Refusal
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 
 QUANTIZED, KEPT, REFUSED = "quantized", "kept", "refused"
 
@@ -63,9 +63,8 @@ class Accounting:
         }
 
 
-def account(program: Program, refusals: Iterable[Refusal]) -> Accounting:
-    """Count a finished program; sites that share a parameter count once."""
-    refused = {refusal.site for refusal in refusals}
+def account(program: Program, refused: Collection[str]) -> Accounting:
+    """Count a finished program, of whose sites some were refused; sites that share a parameter count once."""
     tied = program.tied()
     fates = {site.name: _fate(program, site, refused) for site in _unique(program.sites()) if site.weight not in tied}
     members = {site.name: site for site in program.sites()}
@@ -91,7 +90,7 @@ def _unique(sites: list[Site]) -> list[Site]:
     return list({site.name: site for site in sites}.values())
 
 
-def _fate(program: Program, site: Site, refused: set[str]) -> str:
+def _fate(program: Program, site: Site, refused: Collection[str]) -> str:
     if site.name in program.codes:
         return QUANTIZED
     return REFUSED if site.name in refused else KEPT

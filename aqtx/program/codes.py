@@ -3,15 +3,14 @@
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from aqtx.checkpoint.shards import sha256
 from aqtx.errors import InputError
-
-if TYPE_CHECKING:
-    from aqtx.formats import QuantizedTensor
+from aqtx.formats import QuantizedTensor
+from aqtx.machine.files import sha256
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Spilled:
     sha256: str
 
 
-class CodeStore(MutableMapping[str, "QuantizedTensor"]):
+class CodeStore(MutableMapping[str, QuantizedTensor]):
     """Site name -> codes. After `spill_to`, what is set goes to disk and is read when asked for."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -37,10 +36,10 @@ class CodeStore(MutableMapping[str, "QuantizedTensor"]):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
-    def __setitem__(self, site: str, code: "QuantizedTensor") -> None:
+    def __setitem__(self, site: str, code: QuantizedTensor) -> None:
         self._codes[site] = code if self._folder is None else self._write(site, code, self._folder)
 
-    def __getitem__(self, site: str) -> "QuantizedTensor":
+    def __getitem__(self, site: str) -> QuantizedTensor:
         found = self._codes[site]
         return self._read(found) if isinstance(found, Spilled) else found
 
@@ -61,20 +60,14 @@ class CodeStore(MutableMapping[str, "QuantizedTensor"]):
         found = self._codes.get(site)
         return None if found is None else found.format_name
 
-    def _write(self, site: str, code: "QuantizedTensor", folder: Path) -> Spilled:
-        from safetensors.torch import save_file
-
+    def _write(self, site: str, code: QuantizedTensor, folder: Path) -> Spilled:
         file = folder / f"{site}.safetensors"
         staged = file.with_suffix(".new")
         save_file({part: tensor.contiguous() for part, tensor in code.to_disk().items()}, staged)
         staged.rename(file)
         return Spilled(file, code.format_name, tuple(code.shape), sha256(file))
 
-    def _read(self, spilled: Spilled) -> "QuantizedTensor":
-        from safetensors.torch import load_file
-
-        from aqtx.formats import QuantizedTensor
-
+    def _read(self, spilled: Spilled) -> QuantizedTensor:
         return QuantizedTensor.from_disk(load_file(spilled.file), spilled.format_name, spilled.shape, self.dtype)
 
     def to_json(self) -> dict[str, list[Any]]:
@@ -95,3 +88,6 @@ class CodeStore(MutableMapping[str, "QuantizedTensor"]):
                     f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
                 )
             self._codes[site] = Spilled(file, format_name, tuple(shape), digest)
+
+
+CODES = "codes"  # folder of the program's spilled codes, below the work folder

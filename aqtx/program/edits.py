@@ -1,162 +1,205 @@
-"""Structural edits: changes of a graph's nodes that are recorded as JSON and replayed.
+"""Structural edits: changes of a graph's nodes, told as typed records and replayed.
 
-The same edits are replayed on every entry (scoring, generation) and when a checkpoint is loaded,
-so they name weights, never nodes. Changes of weight values are not edits.
+The same edits are replayed on every entry (scoring, generation), when a checkpoint is loaded, and on the modules of
+transformers, so they name weights, never nodes. Changes of weight values are not edits.
+
+All edits of one weight together say which ops stand before its linears: each takes its place in the list of running
+edits (`running`), and the list, in the order of `place`, is what graphs and modules get. A new kind of edit is one
+record here; its op must be among `inserted_ops.ACTIVATION_OPS` or the rotation's, so that it is found again.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
 
-from aqtx.program.program import Program, weight_node
+from aqtx.errors import InputError, nearest
+from aqtx.numerics.hadamard import hadamard
+from aqtx.program.hadamard_op import OP as HADAMARD
+from aqtx.program.hadamard_op import buffers
+from aqtx.program.inserted_ops import ACTIVATION_OPS, Step, get_attr, replace_inserted
+from aqtx.program.site import weight_node
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Edit = dict[str, Any]
-
-
-def nodes_reading(graph: fx.Graph, weight: str) -> list[fx.Node]:
-    """The linear and grouped linear nodes that multiply with a parameter."""
-    return [node for node in graph.nodes if (found := weight_node(node)) is not None and found.target == weight]
+Operation = Callable[[Tensor, Tensor | None], Tensor]  # input, offsets of the experts' rows -> input
 
 
-def insert_on_input(node: fx.Node, op: Any, arguments: tuple[Any, ...]) -> fx.Node:
-    """Put `op(input, *arguments)` before a linear's input, sharing an equal node that stands there already.
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change of what stands before the linears of one weight."""
 
-    x -> linear        becomes        x -> op -> linear
-    """
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    twin = next((user for user in source.users if user.target is op and user.args[1:] == arguments), None)
-    if twin is None:
-        with node.graph.inserting_after(source if not arguments_of(arguments) else max_node(source, arguments)):
-            twin = node.graph.call_function(op, (source, *arguments))
-        twin.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-        twin.meta["val"] = source.meta.get("val")
-    node.replace_input_with(source, twin)
-    return twin
+    kind: ClassVar[str]
+    place: ClassVar[int] = 0  # edits of a lower place come first, whichever was made first
 
+    weight: str
 
-def arguments_of(arguments: tuple[Any, ...]) -> list[fx.Node]:
-    """The nodes among an op's further arguments."""
-    return [argument for argument in arguments if isinstance(argument, fx.Node)]
+    def running(self, before: "list[Edit]") -> "list[Edit]":
+        """The edits of this weight that are in force after this one."""
+        return [*before, self]
 
+    def buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the edit's op reads beside its input, by buffer name, in the dtype that the graph computes in."""
+        return {}
 
-def max_node(source: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
-    """The latest of the nodes that an inserted op depends on."""
-    return max([source, *arguments_of(arguments)])
+    def step(self, graph_module: fx.GraphModule, node: fx.Node) -> Step:
+        """The op that stands before a linear or grouped linear node."""
+        raise NotImplementedError
 
+    def operation(self, buffer: Callable[[str], Tensor]) -> Operation:
+        """The same op as a function of a module's input; `buffer` finds what `buffers` named."""
+        raise NotImplementedError
 
-def activation_ops() -> tuple[Any, ...]:
-    """The ops that quantize an input per token."""
-    import aqtx.formats.activation  # noqa: F401  (registers the ops)
+    def undo(self, matrix: Tensor) -> Tensor | None:
+        """The float64 matrix [N, K] that does without the op what `matrix` does behind it; None where there is none."""
+        return None
 
-    return torch.ops.aqtx.quantize_activation.default, torch.ops.aqtx.quantize_activation_grouped.default
-
-
-def inserted_ops(node: fx.Node) -> list[fx.Node]:
-    """The nodes that edits put before a linear, first to last: its rotation, then its quantization."""
-    from aqtx.program.hadamard_op import OP
-
-    chain: list[fx.Node] = []
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.target in (OP, *activation_ops()):
-        chain.insert(0, source)
-        source = source.args[0]
-    return chain
+    def to_json(self) -> dict[str, Any]:
+        """The record as config.json and resume points hold it."""
+        return {"edit": self.kind, **asdict(self)}
 
 
-def replace_inserted(node: fx.Node, steps: list[tuple[Any, tuple[Any, ...]]]) -> None:
-    """Put other ops before a linear than stand there; nodes that nothing reads any more go."""
-    chain = inserted_ops(node)
-    if chain:
-        node.replace_input_with(chain[-1], chain[0].args[0])  # type: ignore[arg-type]
-    for op, arguments in steps:
-        insert_on_input(node, op, arguments)
-    for old in reversed(chain):
-        if not old.users:
-            node.graph.erase_node(old)
+KINDS: dict[str, type[Edit]] = {}
+Record = TypeVar("Record", bound=type[Edit])
 
 
-def _steps(node: fx.Node) -> list[tuple[Any, tuple[Any, ...]]]:
-    return [(old.target, old.args[1:]) for old in inserted_ops(node)]
+def edit_kind(name: str) -> Callable[[Record], Record]:
+    """Class decorator that makes a record known under its name in files."""
+
+    def add(cls: Record) -> Record:
+        if name in KINDS:
+            raise ValueError(f"the kind of edit {name!r} is registered twice")
+        cls.kind = name
+        KINDS[name] = cls
+        return cls
+
+    return add
 
 
-def quantize_activation(graph_module: fx.GraphModule, edit: Edit) -> None:
-    """Quantize the input of a weight's nodes per token; `formats` has one name per expert, or one."""
-    alike, grouped = activation_ops()
-    formats = edit["formats"]
-    for node in nodes_reading(graph_module.graph, edit["weight"]):
-        if len(set(formats)) == 1:
-            insert_on_input(node, alike, (formats[0],))
-        else:
-            insert_on_input(node, grouped, (node.args[2], ",".join(formats)))
-
-
-def hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
-    """Rotate the input of a weight's nodes, block by block; nodes with one input share the rotation.
+@edit_kind("hadamard")
+@dataclass(frozen=True, kw_only=True)
+class Hadamard(Edit):
+    """Rotate the input, block by block; linears with one input share the rotation.
 
     x -> quantize -> linear        becomes        x -> rotate -> quantize -> linear
     """
-    from aqtx.program.hadamard_op import OP, buffers
 
-    blank = buffers(edit["block"], edit["seed"], torch.float32)
-    matrices = tuple(get_attr(graph_module, name, value) for name, value in blank.items())
-    for node in nodes_reading(graph_module.graph, edit["weight"]):
-        replace_inserted(node, [(OP, matrices), *_steps(node)])
+    block: int
+    seed: int | None = None
+
+    def buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The rotation's factors."""
+        return buffers(self.block, self.seed, dtype)
+
+    def step(self, graph_module: fx.GraphModule, node: fx.Node) -> Step:
+        """`aqtx::hadamard` with its matrices."""
+        blank = self.buffers(torch.float32)
+        return HADAMARD, tuple(get_attr(graph_module, name, value) for name, value in blank.items())
+
+    def operation(self, buffer: Callable[[str], Tensor]) -> Operation:
+        """The rotation of a module's input."""
+        names = list(self.buffers(torch.float32))
+        return lambda x, offsets: HADAMARD(x, *(buffer(name) for name in names))
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        """x Q W^T = x (W Q^T)^T."""
+        return hadamard(matrix, self.block, seed=self.seed, inverse=True)
 
 
-def remove_hadamard(graph_module: fx.GraphModule, edit: Edit) -> None:
-    """Take the rotation off the input of a weight's nodes: it lies in the weights before them now."""
-    from aqtx.program.hadamard_op import OP
+@edit_kind("remove_hadamard")
+@dataclass(frozen=True, kw_only=True)
+class RemoveHadamard(Edit):
+    """Take the rotation off the input: it lies in the weights before it now."""
 
-    for node in nodes_reading(graph_module.graph, edit["weight"]):
-        replace_inserted(node, [step for step in _steps(node) if step[0] is not OP])
-    for node in [node for node in graph_module.graph.nodes if node.op == "get_attr" and not node.users]:
-        graph_module.graph.erase_node(node)
+    def running(self, before: list[Edit]) -> list[Edit]:
+        """All but the last rotation."""
+        last = max(index for index, edit in enumerate(before) if isinstance(edit, Hadamard))
+        return before[:last] + before[last + 1 :]
 
 
-def get_attr(graph_module: fx.GraphModule, name: str, like: "Tensor") -> fx.Node:
-    """The node of a parameter or buffer, made before all others if the graph has none."""
-    graph = graph_module.graph
-    found = next((node for node in graph.nodes if node.op == "get_attr" and node.target == name), None)
-    if found is None:
-        *path, leaf = name.split(".")
-        owner: nn.Module = graph_module
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        blank = torch.empty_like(like, device="meta")
-        owner.register_buffer(leaf, blank, persistent=False)
-        with graph.inserting_before(next(iter(graph.nodes))):
-            found = graph.get_attr(name)
-        found.meta["val"] = blank
+@edit_kind("quantize_activation")
+@dataclass(frozen=True, kw_only=True)
+class QuantizeActivation(Edit):
+    """Quantize the input per token; one format for all rows, or one per expert, "" where an expert's stays as it is."""
+
+    place: ClassVar[int] = 1
+
+    formats: tuple[str, ...]
+
+    def step(self, graph_module: fx.GraphModule, node: fx.Node) -> Step:
+        """The op for rows that are alike, or for rows sorted by expert."""
+        alike, grouped = ACTIVATION_OPS
+        if len(set(self.formats)) == 1:
+            return alike, (self.formats[0],)
+        return grouped, (node.args[2], ",".join(self.formats))
+
+    def operation(self, buffer: Callable[[str], Tensor]) -> Operation:
+        """The same of a module's input."""
+        alike, grouped = ACTIVATION_OPS
+        if len(set(self.formats)) == 1:
+            return lambda x, offsets: alike(x, self.formats[0])
+        return lambda x, offsets: grouped(x, offsets, ",".join(self.formats))
+
+
+def edit_from_json(told: Any) -> Edit:
+    """The record that `to_json` told.
+
+    Raises:
+        InputError: it is no record of a known kind.
+    """
+    if not isinstance(told, dict) or not isinstance(told.get("edit"), str):
+        raise InputError(f"a structural edit must be an object with a string under 'edit', got {told!r}")
+    kind = KINDS.get(told["edit"])
+    if kind is None:
+        raise InputError(f"unknown structural edit {told['edit']!r}{nearest(told['edit'], KINDS)}")
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in told.items() if key != "edit"
+    }
+    if values.keys() != {item.name for item in fields(kind)}:
+        wanted = ", ".join(item.name for item in fields(kind))
+        raise InputError(f"the structural edit {told['edit']!r} has the keys {', '.join(values)}, expected {wanted}")
+    return kind(**values)
+
+
+def in_force(edits: Iterable[Edit]) -> list[Edit]:
+    """The edits of one weight that still run, in the order in which they do."""
+    running: list[Edit] = []
+    for edit in edits:
+        running = edit.running(running)
+    return sorted(running, key=lambda edit: edit.place)
+
+
+def by_weight(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """Edits grouped by the weight that they name."""
+    grouped: dict[str, list[Edit]] = {}
+    for edit in edits:
+        grouped.setdefault(edit.weight, []).append(edit)
+    return grouped
+
+
+def replay(graph_module: fx.GraphModule, edits: Sequence[Edit]) -> None:
+    """Make what stands before the linears of one entry's graph what all edits of their weights say."""
+    if not edits:
+        return
+    graph, readers = graph_module.graph, linears_by_weight(graph_module.graph)
+    for weight, members in by_weight(edits).items():
+        for node in readers.get(weight, []):
+            replace_inserted(node, [edit.step(graph_module, node) for edit in in_force(members)])
+    for node in [node for node in graph.nodes if node.op == "get_attr" and not node.users]:
+        graph.erase_node(node)
+    graph.lint()
+    graph_module.recompile()
+
+
+def linears_by_weight(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The linear and grouped linear nodes that multiply with each parameter."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if (weight := weight_node(node)) is not None:
+            found.setdefault(str(weight.target), []).append(node)
     return found
 
 
-EDITS: dict[str, Callable[[fx.GraphModule, Edit], None]] = {
-    "quantize_activation": quantize_activation,
-    "hadamard": hadamard,
-    "remove_hadamard": remove_hadamard,
-}
-
-
-def prepare(program: Program, edit: Edit) -> None:
-    """Give the program the buffers that an edit's nodes will read."""
-    if edit["edit"] == "hadamard":
-        from aqtx.program.hadamard_op import buffers
-
-        program.buffers.update(buffers(edit["block"], edit["seed"], program.dtype))
-
-
-def replay(graph_module: fx.GraphModule, edits: list[Edit]) -> None:
-    """Make the edits, in order, on one entry's graph."""
-    for edit in edits:
-        EDITS[edit["edit"]](graph_module, edit)
-    if edits:
-        graph_module.graph.lint()
-        graph_module.recompile()
+def nodes_reading(graph: fx.Graph, weight: str) -> list[fx.Node]:
+    """The linear and grouped linear nodes that multiply with one parameter."""
+    return linears_by_weight(graph).get(weight, [])

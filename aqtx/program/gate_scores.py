@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from aqtx.errors import InputError
 from aqtx.program.blocks import Values
-from aqtx.program.program import grouped_linear_op
+from aqtx.program.site import GROUPED_LINEAR
 
 _INDEX = torch.ops.aten.index.Tensor
 _MUL = torch.ops.aten.mul.Tensor
@@ -44,7 +44,7 @@ def find_gate_scores(offsets: fx.Node, nodes: Collection[fx.Node], power: int) -
     Raises:
         InputError: the graph does not end in the pattern above.
     """
-    grouped = grouped_linear_op()
+    grouped = GROUPED_LINEAR
     for node in nodes:
         if node.target is not grouped or node.args[2] is not offsets:
             continue
@@ -78,7 +78,7 @@ def _nodes(arguments: Any) -> list[fx.Node]:
 
 def is_inside_experts(source: fx.Node, offsets: fx.Node, nodes: Collection[fx.Node]) -> bool:
     """Whether rows have been through an expert already: each expert then has a space of its own."""
-    grouped, among, queue, seen = grouped_linear_op(), set(nodes), [source], set[fx.Node]()
+    grouped, among, queue, seen = GROUPED_LINEAR, set(nodes), [source], set[fx.Node]()
     while queue:
         node = queue.pop()
         if node in seen or node not in among:

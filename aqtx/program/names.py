@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 
 Shape = tuple[int, ...]
-PARTS = ("qdata", "scale", "zero_point", "per_tensor_scale")
 _EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)\.weight$")
 
 

@@ -3,61 +3,19 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from aqtx.formats import MixedExperts, dequantized
 from aqtx.program.codes import CodeStore
-from aqtx.program.names import expert_key
-from aqtx.program.roles import category_of, layer_of
+from aqtx.program.edits import Edit, by_weight, replay
+from aqtx.program.plan import Plan
+from aqtx.program.site import Site, sites_of
 from aqtx.program.weights import WeightStore
 
-if TYPE_CHECKING:
-    from aqtx.program.plan import Plan
-
 _CPU = torch.device("cpu")
-LINEAR = torch.ops.aten.linear.default
-
-
-def grouped_linear_op() -> Any:
-    """The op of a stacked projection; its module registers it on import."""
-    import aqtx.formats.grouped_linear  # noqa: F401
-
-    return torch.ops.aqtx.grouped_linear.default
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One weight matrix [N, K] that may be quantized, and the node that uses it.
-
-    Annotations are JSON values kept in `node.meta["custom"]["aqtx"]`, a list over experts each.
-    """
-
-    name: str
-    weight: str
-    expert: int | None
-    shape: tuple[int, int]
-    category: str
-    layer: int | None
-    node: fx.Node
-    slots: int  # experts of the stack, 1 for a plain matrix
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return self.shape[0] * self.shape[1]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """An annotation of this site."""
-        values = self.node.meta.get("custom", {}).get("aqtx", {}).get(key)
-        value = None if values is None else values[self.expert or 0]
-        return default if value is None else value
-
-    def set(self, key: str, value: Any) -> None:
-        """Annotate this site."""
-        annotations = self.node.meta.setdefault("custom", {}).setdefault("aqtx", {})
-        annotations.setdefault(key, [None] * self.slots)[self.expert or 0] = value
 
 
 @dataclass(eq=False)
@@ -71,10 +29,10 @@ class Program:
     dtype: torch.dtype
     device: torch.device = _CPU
     folder: Path | None = None
-    plan: "Plan | None" = None
+    plan: Plan | None = None
     codes: CodeStore = field(init=False)  # results of rounding by site
     emitted: bool = False  # whether graphs compute with the packed codes or with what they dequantize to
-    edits: list[dict[str, Any]] = field(default_factory=list)  # structural edits so far, replayed at load
+    edits: list[Edit] = field(default_factory=list)  # structural edits so far, replayed at load
     history: list[str] = field(default_factory=list)  # names of the passes that ran
     trace_entry: Callable[[str], fx.GraphModule] | None = None
 
@@ -109,23 +67,20 @@ class Program:
     def entry(self, name: str) -> fx.GraphModule:
         """An entry's graph; `step` is traced when first asked for, with all structural edits replayed."""
         if name not in self.entries:
-            from aqtx.program.edits import replay
-
             if self.trace_entry is None:
                 raise ValueError(f"the program has no entry {name!r}")
             self.entries[name] = self.trace_entry(name)
             replay(self.entries[name], self.edits)
         return self.entries[name]
 
-    def edit(self, *edits: dict[str, Any]) -> None:
+    def edit(self, *edits: Edit) -> None:
         """Make structural edits on every entry and remember them; many in one call compile the graphs once."""
-        from aqtx.program.edits import prepare, replay
-
-        for edit in edits:
-            prepare(self, edit)
-        for graph_module in self.entries.values():
-            replay(graph_module, list(edits))
         self.edits.extend(edits)
+        for edit in edits:
+            self.buffers.update(edit.buffers(self.dtype))
+        touched = by_weight(edits)
+        for graph_module in self.entries.values():
+            replay(graph_module, [edit for edit in self.edits if edit.weight in touched])
 
     def sites_by_weight(self) -> dict[str, list[Site]]:
         """Sites grouped by the parameter that holds them."""
@@ -136,7 +91,6 @@ class Program:
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters as they stand: rounded where codes exist, else as the store has them."""
-        from aqtx.program.assemble import assemble
 
         sites = self.sites_by_weight()
         rounded = {name for name, members in sites.items() if any(site.name in self.codes for site in members)}
@@ -199,27 +153,17 @@ def _assign(root: nn.Module, name: str, value: Tensor) -> None:
         root.register_buffer(leaf, value, persistent=False)
 
 
-def weight_node(node: fx.Node) -> fx.Node | None:
-    """The parameter that a linear or grouped linear multiplies with, or None for another node."""
-    if node.op != "call_function" or node.target not in (LINEAR, grouped_linear_op()):
-        return None
-    weight = node.args[1]
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+def assemble(program: "Program", sites: "list[Site]") -> Tensor:
+    """The parameter of `sites` (all of one weight): rounded where codes exist, as stored elsewhere.
 
+    Of an emitted program a plain matrix gives its `QuantizedTensor` and a stack `MixedExperts`,
+    whose experts may carry different formats; before that, the values that the codes mean.
+    """
+    matrices = [program.stored(site) for site in sites]
+    if not program.emitted:
+        values = [dequantized(matrix) for matrix in matrices]
+        return values[0] if sites[0].expert is None else torch.stack(values)
+    if sites[0].expert is None:
+        return matrices[0]
 
-def sites_of(node: fx.Node, weights: WeightStore) -> list[Site]:
-    """The sites of one node: one for a linear, one per expert for a grouped linear."""
-    weight = weight_node(node)
-    if weight is None or weight.target not in weights.specs:
-        return []
-    parameter = str(weight.target)
-    shape = weights.specs[parameter].shape
-    matrix = (shape[-2], shape[-1])
-    if node.target is LINEAR:
-        name = parameter.removesuffix(".weight")
-        return [Site(name, parameter, None, matrix, category_of(name), layer_of(name), node, 1)]
-    names = [expert_key(parameter, expert).removesuffix(".weight") for expert in range(shape[0])]
-    return [
-        Site(name, parameter, expert, matrix, category_of(name), layer_of(name), node, shape[0])
-        for expert, name in enumerate(names)
-    ]
+    return MixedExperts.from_experts(matrices, program.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from aqtx.errors import InputError
 from aqtx.program.program import Program
-from aqtx.program.weights import ModuleSource, Spec, WeightStore
+from aqtx.program.weights import Spec, WeightStore
 
 _DYNAMIC = torch.export.Dim.DYNAMIC
 _ASSERTIONS = (
@@ -19,38 +19,6 @@ _ASSERTIONS = (
     torch.ops.aten.sym_constrain_range_for_size.default,
     torch.ops.aten.sym_constrain_range.default,
 )
-
-
-def trace(source: str | Path | nn.Module, dtype: torch.dtype | None = None) -> Program:
-    """Trace a local folder, shipped name, hub name or module into a Program.
-
-    Args:
-        source: where the model is; a module must map `ids [B, S]` to `logits [B, S, V]`.
-        dtype: computing dtype of the graphs; None keeps the checkpoint's.
-
-    Raises:
-        InputError: the source cannot be found, read or is of an unsupported architecture.
-    """
-    if isinstance(source, nn.Module):
-        return trace_module(source, dtype)
-    from aqtx.checkpoint.write import open_program
-
-    return open_program(source, dtype)
-
-
-def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
-    """Trace a module in memory; its weights are shared, not copied."""
-    if hasattr(getattr(model, "config", None), "model_type"):
-        from aqtx.checkpoint.huggingface.open import trace_loaded
-
-        return trace_loaded(model, dtype)
-    dtype = dtype or next(model.parameters()).dtype
-    config = getattr(model, "hf_config", {})
-    source = ModuleSource(model.state_dict(keep_vars=True))
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with torch.device("meta"):
-        blank = copy_on_meta(model)
-    return build_program(lambda: blank, source, config=dict(config), dtype=dtype, buffers=buffers)
 
 
 def copy_on_meta(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from aqtx.formats import dequantized
 from aqtx.program.weight_changes import Change, from_json, make, to_json
 
 
@@ -92,7 +93,7 @@ class WeightStore:
 
     def precise(self, name: str, expert: int | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter or an expert's matrix, dequantized, with all changes made in float64, in `dtype`; a copy."""
-        value, changes = _unpacked(self._raw(name, expert)), self._changes.get(name, [])
+        value, changes = dequantized(self._raw(name, expert)), self._changes.get(name, [])
         if changes and value.dim() == 3:
             return torch.stack([make(changes, matrix).to(dtype) for matrix in value])
         return make(changes, value).to(dtype) if changes else value.to(dtype, copy=True)
@@ -140,10 +141,3 @@ class WeightStore:
     def _declared(self, name: str, expert: int | None) -> Tensor:
         dtype = self.specs[name].dtype
         return self.precise(name, expert, dtype=dtype) if name in self._changes else self._raw(name, expert).to(dtype)
-
-
-def _unpacked(value: Tensor) -> Tensor:
-    """The values of what a quantized checkpoint stores as codes."""
-    from aqtx.formats import MixedExperts, QuantizedTensor
-
-    return value.dequantize() if isinstance(value, QuantizedTensor | MixedExperts) else value

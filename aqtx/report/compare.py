@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aqtx.checkpoint.shards import make_folder
 from aqtx.errors import InputError
+from aqtx.machine.files import make_folder
 from aqtx.report import html
 from aqtx.report.canvas import PALETTE, panels, save_figure
 from aqtx.report.data import RunData, is_number, read_run

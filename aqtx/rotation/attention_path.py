@@ -5,7 +5,7 @@ x -> v_proj -> heads -> attention -> heads joined -> rotation -> o_proj
 
 from torch import fx
 
-from aqtx.program.program import LINEAR
+from aqtx.program.site import LINEAR
 from aqtx.rotation.row_ops import Unproven, aten, described, is_rowwise, read_only_by, width
 
 ATTENTION = aten.scaled_dot_product_attention.default

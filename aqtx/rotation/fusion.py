@@ -1,11 +1,10 @@
 """Rotations that move into weights: what must be changed for one to vanish from the graph."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
-from aqtx.program.edits import nodes_reading
+from aqtx.program.edits import Hadamard, RemoveHadamard, nodes_reading
 from aqtx.program.program import Program
 from aqtx.program.weight_changes import Rotate
 from aqtx.rotation.attention_path import value_writer
@@ -29,9 +28,9 @@ class Fusion:
         if bias is not None:
             self.changes[bias] = Rotate(rotation.block, rotation.seed, outputs=True)
 
-    def edits(self) -> list[dict[str, Any]]:
+    def edits(self) -> list[RemoveHadamard]:
         """What removes the nodes once the weights are changed."""
-        return [{"edit": "remove_hadamard", "weight": reader} for reader in self.readers]
+        return [RemoveHadamard(weight=reader) for reader in self.readers]
 
 
 def fuse_stream(program: Program, stream: Stream) -> Fusion:
@@ -85,8 +84,8 @@ def recorded_rotation(program: Program, reader: fx.Node) -> Rotate | None:
     if input_rotation(reader) is None:
         return None
     weight = weight_name(reader)
-    edits = [edit for edit in program.edits if edit["edit"] == "hadamard" and edit["weight"] == weight]
-    return Rotate(edits[-1]["block"], edits[-1]["seed"]) if edits else None
+    edits = [edit for edit in program.edits if isinstance(edit, Hadamard) and edit.weight == weight]
+    return Rotate(edits[-1].block, edits[-1].seed) if edits else None
 
 
 def _single_use(program: Program, node: fx.Node) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from aqtx.program.program import LINEAR, grouped_linear_op, weight_node
+from aqtx.program.hadamard_op import OP as HADAMARD
+from aqtx.program.inserted_ops import ACTIVATION_OPS
+from aqtx.program.site import GROUPED_LINEAR, LINEAR, weight_node
 
 aten = torch.ops.aten
 SHAPE_ONLY = (aten.sym_size.int,)
@@ -21,21 +23,17 @@ class Unproven(Exception):
 
 def is_linear(node: fx.Node) -> bool:
     """Whether a node multiplies with a weight."""
-    return node.op == "call_function" and node.target in (LINEAR, grouped_linear_op())
+    return node.op == "call_function" and node.target in (LINEAR, GROUPED_LINEAR)
 
 
 def is_hadamard(node: object) -> bool:
     """Whether a node is a rotation that an edit inserted."""
-    from aqtx.program.hadamard_op import OP
-
-    return isinstance(node, fx.Node) and node.target is OP
+    return isinstance(node, fx.Node) and node.target is HADAMARD
 
 
 def is_inserted(node: fx.Node) -> bool:
     """Whether a node is a rotation or a quantization that an edit put before a linear."""
-    from aqtx.program.edits import activation_ops
-
-    return is_hadamard(node) or node.target in activation_ops()
+    return is_hadamard(node) or node.target in ACTIVATION_OPS
 
 
 def described(node: fx.Node) -> str:

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from torch import fx
 
 from aqtx.errors import InputError
-from aqtx.program.edits import inserted_ops
-from aqtx.program.program import Program, Site
+from aqtx.program.edits import Hadamard
+from aqtx.program.inserted_ops import inserted_ops
+from aqtx.program.program import Program
 from aqtx.program.roles import select
+from aqtx.program.site import Site
 from aqtx.rotation.residual_stream import residual_stream
 from aqtx.rotation.row_ops import Unproven, is_hadamard
 
@@ -63,7 +65,7 @@ def check_planned(program: Program) -> None:
     Raises:
         InputError: names the first site.
     """
-    done = {edit["weight"] for edit in program.edits if edit["edit"] == "hadamard"}
+    done = {edit.weight for edit in program.edits if isinstance(edit, Hadamard)}
     missing = [site.name for site in program.sites() if site.get("rotation") is not None and site.weight not in done]
     if missing:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,27 @@ from typing import Any
 import torch
 import yaml
 
-from aqtx.checkpoint.write import open_program, write_model
+from aqtx.checkpoint.open import open_program
+from aqtx.checkpoint.write import write_model
 from aqtx.errors import InputError
-from aqtx.evaluate.intervals import perplexity_report
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.devices import device_of
 from aqtx.machine.memory import peak_bytes
 from aqtx.machine.ranks import current
 from aqtx.program.accounting import account, original_bytes
+from aqtx.program.codes import CODES
 from aqtx.program.program import Program
-from aqtx.registry import Context, Refusal
+from aqtx.registry import Context, Pass, Refusal
 from aqtx.runs.directory import RunDirectory
 from aqtx.runs.fingerprint import code_hash, first_difference, ids_hash, source_hashes, text_hashes, versions
 from aqtx.runs.pipeline import Run
 from aqtx.runs.preflight import preflight
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
-from aqtx.runs.resume_points import CODES, restore_state, save_state
+from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
-from aqtx.sensitivity.alpha_after import write_alpha_after
-from aqtx.sensitivity.alpha_table import write_alpha_csv
+from aqtx.text import self_sampling
 from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -112,9 +114,8 @@ class _Runner:
         tasks_after = self._tasks("after")
         staging = self.directory.staging
         write_model(self.program, staging)
-        write_alpha_csv(self.program, staging / "alpha.csv")
-        write_alpha_after(self.program, self.recipe.passes, staging / "alpha_after.csv")
-        accounting = account(self.program, refusals)
+        write_tables(self.program, self.recipe.passes, staging)
+        accounting = account(self.program, {refusal.site for refusal in refusals})
         data = {
             "name": self.directory.output.name,
             **accounting.to_json(),
@@ -204,11 +205,18 @@ class _Runner:
         )
         (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
         if self.recipe.report:
-            from aqtx.report import write_report
+            from aqtx.report.write import write_report  # draws: matplotlib takes a second that planning can do without
 
             write_report(staging)
         self.directory.finish()
         return Report(self.directory.output, data)
+
+
+def write_tables(program: Program, passes: Sequence[Pass], folder: Path) -> None:
+    """Write the tables that passes make of a program; of two with one name the later pass's stays."""
+    for step in passes:
+        for name, text in step.tables(program).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
@@ -228,8 +236,6 @@ def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Te
     """Token ids: written by the model itself, or from text."""
     spec = recipe.calibration
     if spec.source == "ebss":
-        from aqtx.text import self_sampling
-
         return self_sampling.calibration(program, spec, recipe.seed, context.work)
     return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
 

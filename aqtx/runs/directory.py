@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from aqtx.checkpoint.shards import make_folder, sha256
 from aqtx.errors import InputError
+from aqtx.machine.files import make_folder, sha256
 from aqtx.runs.fingerprint import first_difference
 
 _FINGERPRINT = "fingerprint.json"

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from aqtx.checkpoint.shards import sha256
+from aqtx.machine.files import sha256
+from aqtx.version import __version__
 
 _LIBRARIES = ("torch", "torchao", "transformers", "safetensors", "numpy")
 
 
 def versions() -> dict[str, Any]:
     """Versions, machine type and thread count: what byte-identical reruns have in common."""
-    import aqtx
-
-    found: dict[str, Any] = {"aqtx": aqtx.__version__, "python": platform.python_version()}
+    found: dict[str, Any] = {"aqtx": __version__, "python": platform.python_version()}
     found.update({name: importlib.metadata.version(name) for name in _LIBRARIES})
     found["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     found["threads"] = torch.get_num_threads()

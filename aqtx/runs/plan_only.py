@@ -7,19 +7,18 @@ from pathlib import Path
 
 import torch
 
-from aqtx.checkpoint.shards import make_folder
 from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
+from aqtx.machine.files import make_folder
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.planning.settings import NEED_TEXT
 from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
 from aqtx.program.roles import CATEGORIES
 from aqtx.registry import Pass
-from aqtx.runs.apply import program_of, recipe_context
+from aqtx.runs.apply import program_of, recipe_context, write_tables
 from aqtx.runs.pipeline import Run
 from aqtx.runs.recipe import Recipe
-from aqtx.sensitivity.alpha_table import write_alpha_csv
 
 _PLANNING = ("annotate_alpha", "annotate_error", "annotate_hessian", "annotate_fisher", "annotate_trial", "assign_plan")
 _GAUSSIAN_ROWS = 128
@@ -53,7 +52,7 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
     directory = output.with_name(output.name + ".plan")
     make_folder(directory)
     (directory / "plan.json").write_text(json.dumps(program.plan.to_json(), indent=1) + "\n")
-    write_alpha_csv(program, directory / "alpha.csv")
+    write_tables(program, recipe.passes, directory)
     return Planned(program, program.plan, directory)
 
 

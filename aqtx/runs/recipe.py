@@ -6,14 +6,18 @@ Relative paths are relative to the current directory, since the same recipe serv
 """
 
 import copy
+import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import aqtx.passes
+from aqtx import registry
 from aqtx.errors import InputError, nearest
 from aqtx.planning.arms import StudySpec
-from aqtx.registry import Pass, build
+from aqtx.registry import Pass
 from aqtx.runs.schema import join, parse_fields, plain
 from aqtx.runs.yaml_text import apply_overrides, parse_overrides, parse_yaml
 from aqtx.text.tokens import CalibrationSpec
@@ -162,3 +166,21 @@ def _split_entry(entry: Any) -> tuple[str, dict[str, Any], str | None]:
     if values is not None and not isinstance(values, dict):
         return "", {}, f"the fields of {name!r} must be a mapping, got {values!r}"
     return name, values or {}, None
+
+
+def load_passes() -> dict[str, type[Pass]]:
+    """Import every file of `aqtx.passes` and return the table."""
+    for module in pkgutil.iter_modules(aqtx.passes.__path__):
+        importlib.import_module(f"aqtx.passes.{module.name}")
+    return registry.PASSES
+
+
+def build(name: str, fields: dict[str, Any], where: str) -> tuple[Pass | None, list[str]]:
+    """The pass of a recipe entry, or the problems that stand against it."""
+    passes = load_passes()
+    if name not in passes:
+        return None, [f"{where}: unknown pass {name!r}{nearest(name, passes)}; `aqtx ls passes` lists them"]
+    made, problems = parse_fields(passes[name], fields, f"{where}.{name}")
+    if made is not None:
+        problems = problems + [f"{where}.{name}: {problem}" for problem in made.validate()]
+    return made, problems

@@ -7,12 +7,13 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from aqtx.checkpoint.shards import sha256
 from aqtx.errors import InputError
+from aqtx.machine.files import sha256
+from aqtx.program.codes import CODES
+from aqtx.program.edits import edit_from_json
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 
-CODES = "codes"  # folder of the program's spilled codes, below the work folder
 _STATE = "state.json"
 
 
@@ -26,7 +27,7 @@ def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> No
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)
     state = {
         "history": program.history,
-        "edits": program.edits,
+        "edits": [edit.to_json() for edit in program.edits],
         "plan": None if program.plan is None else program.plan.to_json(),
         "annotations": {site.weight: site.node.meta.get("custom", {}).get("aqtx", {}) for site in program.sites()},
         "codes": program.codes.to_json(),
@@ -52,8 +53,7 @@ def restore_state(program: Program, folder: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"{file}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
         )
-    for edit in state["edits"]:
-        program.edit(edit)
+    program.edit(*map(edit_from_json, state["edits"]))
     program.history.extend(state["history"])
     program.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
     program.emitted = state["emitted"]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from aqtx.evaluate.arms import EvalSettings, run_program_tasks
-from aqtx.evaluate.intervals import paired_difference
 from aqtx.evaluate.tasks import TaskScores
+from aqtx.numerics.intervals import paired_difference
 from aqtx.program.program import Program
 from aqtx.runs.recipe import EvaluateSpec
 

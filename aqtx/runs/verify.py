@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aqtx.program.edits import activation_ops
-from aqtx.program.program import Program, weight_node
+from aqtx.formats import dequantized
+from aqtx.program.inserted_ops import ACTIVATION_OPS
+from aqtx.program.program import Program
 from aqtx.program.roles import category_of
+from aqtx.program.site import weight_node
 
 _PROBE_SHAPE = (2, 32)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,7 +82,7 @@ class ProbeInterpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Arguments loaded, and dtypes and devices those of the probe; activations are not rounded."""
-        if target in activation_ops():
+        if target in ACTIVATION_OPS:
             return args[0]
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._argument)
         return target(*args, **kwargs)
@@ -110,11 +112,6 @@ def probe_outputs(program: Program, ids: Tensor, dtype: torch.dtype = torch.floa
         logits = interpreter.run(ids.to(program.device))
     interpreter.probe.logits = torch.as_tensor(logits).double()
     return interpreter.probe
-
-
-def dequantized(value: Tensor) -> Tensor:
-    """A plain tensor of what a parameter stands for."""
-    return value.dequantize() if hasattr(value, "qdata") or hasattr(value, "expert") else value
 
 
 @dataclass(frozen=True)

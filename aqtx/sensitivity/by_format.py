@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqtx.formats import parse
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Changes, Pass
 from aqtx.sensitivity.measured import Request, requests
 from aqtx.sensitivity.selection import format_problems, selected_sites

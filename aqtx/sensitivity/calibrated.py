@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from aqtx.numerics.alpha import analyze
-from aqtx.program.program import Program, Site
-from aqtx.sensitivity.scores import robust_z
+from aqtx.program.program import Program
+from aqtx.program.site import Site
+from aqtx.sensitivity.alpha import robust_z
 
 VARIANTS = (("farms", "k_fraction"), ("farms", "xmin_mid"), ("full", "k_fraction"), ("full", "xmin_mid"))
 MIN_POINTS = 5  # a role with fewer measurements has no slope

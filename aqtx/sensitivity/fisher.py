@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from aqtx.formats import Format, fake_quantize
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has, matrix, weighted_errors
 

@@ -20,7 +20,8 @@ from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.errors import InputError
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks
 from aqtx.program.gate_scores import GateScores, find_gate_scores
-from aqtx.program.program import LINEAR, Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import LINEAR, Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has, weighted_errors
 

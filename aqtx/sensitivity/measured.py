@@ -12,7 +12,8 @@ from torch import Tensor
 from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
 from aqtx.numerics.error import energy, squared_error
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 
 Request = tuple[Site, Sequence[Format]]  # a site, and the formats that it may take
 

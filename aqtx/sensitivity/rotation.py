@@ -22,7 +22,8 @@ from torch import fx
 
 from aqtx.formats import Format
 from aqtx.program.blocks import Block, Values
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has
 from aqtx.sensitivity.rounded_run import Rounding, calibrated, results

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from aqtx.formats import fake_quantize, parse
-from aqtx.program.program import Program, Site, taking_ids_to
+from aqtx.program.program import Program, taking_ids_to
+from aqtx.program.site import Site
 from aqtx.sensitivity.selection import unique_sites
 
 CACHE_BYTES = 1 << 30

@@ -17,7 +17,8 @@ from aqtx.formats import Format, fake_quantize
 from aqtx.formats.activation import quantize_tokens
 from aqtx.numerics.hadamard import hadamard
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks
-from aqtx.program.program import LINEAR, Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import LINEAR, Site
 from aqtx.registry import Context
 from aqtx.rotation.attention_path import value_writer
 from aqtx.rotation.row_ops import Unproven, weight_name

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from aqtx.errors import InputError
 from aqtx.formats.table import parse
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
 from aqtx.program.roles import select
+from aqtx.program.site import Site
 
 
 def unique_sites(program: Program) -> dict[str, Site]:

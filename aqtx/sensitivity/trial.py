@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from aqtx.formats import Format, fake_quantize
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request, annotate, has
 

@@ -14,7 +14,8 @@ from aqtx.planning.arms import Arm
 from aqtx.planning.costs import COSTS
 from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
-from aqtx.program.program import Program, Site
+from aqtx.program.program import Program
+from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import annotate
 from aqtx.sensitivity.trial import Trials

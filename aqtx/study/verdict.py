@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from aqtx.evaluate.intervals import Interval, paired_change, perplexity_interval
 from aqtx.evaluate.perplexity import DocumentScores
+from aqtx.evaluate.statistics import paired_change, perplexity_interval
+from aqtx.numerics.intervals import Interval
 from aqtx.program.plan import Plan
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, fx
 
 from aqtx.errors import InputError
 from aqtx.program.generate import Generator
-from aqtx.program.program import Program, grouped_linear_op
+from aqtx.program.program import Program
+from aqtx.program.site import GROUPED_LINEAR
 from aqtx.text.tokens import CalibrationSpec
 
 BEAMS = 4
@@ -99,7 +100,7 @@ def routing_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
     """The node of each mixture that holds the chosen experts [T, k], and the number of its experts."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is not grouped_linear_op():
+        if node.op != "call_function" or node.target is not GROUPED_LINEAR:
             continue
         queue, seen = [node.args[2]], set()
         while queue:  # breadth first: the nearest top-k is the one that decides

@@ -3,21 +3,19 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aqtx.checkpoint.huggingface.names import to_disk
 from aqtx.checkpoint.huggingface.skeleton import canonical_tensors, skeleton
+from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.errors import InputError
 from aqtx.models import build, supported
 from aqtx.program.program import Program
 from aqtx.program.trace import build_program
 from aqtx.program.weights import ModuleSource
-
-if TYPE_CHECKING:
-    from aqtx.checkpoint.reader import CheckpointReader
 
 EXPECTED_SHARE = 0.9  # of the matrix weights, embeddings left out, must be sites
 _LISTED = 5
@@ -68,7 +66,7 @@ def load_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     return canonical_tensors(model)
 
 
-def foreign_source(reader: "CheckpointReader", config: Mapping[str, Any], dtype: torch.dtype, lazy: Any) -> Any:
+def foreign_source(reader: CheckpointReader, config: Mapping[str, Any], dtype: torch.dtype, lazy: Any) -> Any:
     """`lazy`, which reads the folder's own names, where they fit; else the whole model in memory."""
     made = skeleton(config)
     names = dict(made.named_parameters())  # a tied head appears once, as on disk

@@ -19,9 +19,11 @@ from aqtx.checkpoint.huggingface import experts
 from aqtx.checkpoint.huggingface.inputs import InputOps
 from aqtx.checkpoint.huggingface.names import from_disk, to_disk
 from aqtx.checkpoint.reader import CheckpointReader
-from aqtx.checkpoint.write import LAYOUT_VERSION, CheckpointSource
+from aqtx.checkpoint.source import LAYOUT_VERSION, CheckpointSource
 from aqtx.errors import InputError
-from aqtx.program.names import PARTS, stacked_name
+from aqtx.formats.decode import PARTS
+from aqtx.program.edits import Edit, edit_from_json
+from aqtx.program.names import stacked_name
 
 METHOD = "aqtx"
 
@@ -70,7 +72,7 @@ class AqtxQuantizer(HfQuantizer):
         self.folder = Path(kwargs["checkpoint_files"][0]).parent
         self.shapes: dict[str, tuple[int, ...]] = {}  # by name on disk, of what `put_in` will read
         stacked = [site for site in self.quantization_config.formats if stacked_name(f"{site}.weight")]
-        if stacked or any(".experts." in edit.get("weight", "") for edit in self.quantization_config.edits):
+        if stacked or any(".experts." in edit.weight for edit in map(edit_from_json, self.quantization_config.edits)):
             experts.register()
             model.set_experts_implementation(experts.IMPLEMENTATION)
             for name, module in model.named_modules():
@@ -104,9 +106,9 @@ class AqtxQuantizer(HfQuantizer):
             owner, _, leaf = from_disk(self.kind, name).rpartition(".")
             value = source.parameter(name).to(device)
             model.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-        edits: dict[str, list[dict[str, Any]]] = {}
-        for edit in self.quantization_config.edits:
-            edits.setdefault(from_disk(self.kind, edit["weight"]), []).append(edit)
+        edits: dict[str, list[Edit]] = {}
+        for edit in map(edit_from_json, self.quantization_config.edits):
+            edits.setdefault(from_disk(self.kind, edit.weight), []).append(edit)
         for name, found in edits.items():
             put_before(model, name, InputOps(found, self.dtype).to(device))
         return model

@@ -1,0 +1,95 @@
+"""From a place or a module to a `Program`: a folder, a shipped or hub name, a model in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aqtx.checkpoint.huggingface.open import foreign_source, trace_foreign, trace_loaded
+from aqtx.checkpoint.locate import locate
+from aqtx.checkpoint.reader import CheckpointReader
+from aqtx.checkpoint.source import CheckpointSource
+from aqtx.errors import InputError
+from aqtx.models import build, load_config, supported
+from aqtx.program.edits import edit_from_json
+from aqtx.program.program import Program
+from aqtx.program.trace import build_program, copy_on_meta
+from aqtx.program.weights import ModuleSource
+
+
+def trace(source: str | Path | nn.Module, dtype: torch.dtype | None = None) -> Program:
+    """Trace a local folder, shipped name, hub name or module into a Program.
+
+    Args:
+        source: where the model is; a module must map `ids [B, S]` to `logits [B, S, V]`.
+        dtype: computing dtype of the graphs; None keeps the checkpoint's.
+
+    Raises:
+        InputError: the source cannot be found, read or is of an unsupported architecture.
+    """
+    if isinstance(source, nn.Module):
+        return trace_module(source, dtype)
+    return open_program(source, dtype)
+
+
+def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
+    """Trace a module in memory; its weights are shared, not copied."""
+    if hasattr(getattr(model, "config", None), "model_type"):
+        return trace_loaded(model, dtype)
+    dtype = dtype or next(model.parameters()).dtype
+    config = getattr(model, "hf_config", {})
+    source = ModuleSource(model.state_dict(keep_vars=True))
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with torch.device("meta"):
+        blank = copy_on_meta(model)
+    return build_program(lambda: blank, source, config=dict(config), dtype=dtype, buffers=buffers)
+
+
+def load(directory: str | Path) -> Program:
+    """Open a checkpoint folder that `save` or `aqtx apply` wrote; logits are bit-equal to those before saving."""
+    return open_program(directory, None)
+
+
+def open_program(source: str | Path, dtype: torch.dtype | None, *, config_only: bool = False) -> Program:
+    """A Program over a checkpoint: local folder, shipped name or hub name, quantized or not."""
+    folder = locate(source)
+    config = load_config(folder)
+    if config_only:
+        return _without_weights(config, dtype, folder)
+    reader = CheckpointReader(folder)
+    dtype = dtype or reader.dtype()
+    quantization = config.get("quantization_config", {})
+    weights = CheckpointSource(reader, quantization.get("formats", {}), dtype)
+    if supported(config):
+        program = build_program(lambda: build(config), weights, config=config, dtype=dtype, folder=folder)
+        tied = program.weights.tied
+        stored = {name: spec.shape for name, spec in program.weights.specs.items() if name not in tied}
+        reader.check(stored, quantized=weights.formats, tied=tied)
+    else:
+        program = trace_foreign(config, foreign_source(reader, config, dtype, weights), dtype, folder)
+    weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
+    program.edit(*map(edit_from_json, quantization.get("edits", [])))
+    return program
+
+
+def _without_weights(config: dict[str, Any], dtype: torch.dtype | None, folder: Path) -> Program:
+    """A Program of a config.json alone; reading a weight is an error."""
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return build_program(
+        lambda: build(config), _NoWeights(folder), config=config, dtype=dtype or getattr(torch, declared), folder=folder
+    )
+
+
+@dataclass(frozen=True)
+class _NoWeights:
+    """In the place of weights where only config.json is looked at."""
+
+    folder: Path
+
+    def parameter(self, name: str) -> Tensor:
+        raise InputError(f"{self.folder}: {name} cannot be read, since only config.json was opened")
+
+    def expert(self, name: str, index: int) -> Tensor:
+        return self.parameter(name)
