@@ -9,7 +9,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(words)
         # torchao registers its enums in a way that torch 2.13 logs a deprecation for; it is none of a user's business.
         # A filter, since torch sets its loggers' levels anew when it is imported.
-        logging.getLogger("torch.utils._pytree").addFilter(_is_no_enum_notice)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), filtered("torch.utils._pytree", _is_no_enum_notice):
             warnings.showwarning = _show_warning
             status: int = arguments.run(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not at exit
@@ -127,6 +127,17 @@ def _show_warning(
         print(f"aqtx: warning: {message}", file=sys.stderr)
     elif os.environ.get("AQTX_DEBUG"):
         print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
+
+
+@contextmanager
+def filtered(logger: str, let_through: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """A logger says only what is let through, for a while."""
+    found = logging.getLogger(logger)
+    found.addFilter(let_through)
+    try:
+        yield
+    finally:
+        found.removeFilter(let_through)
 
 
 def _is_no_enum_notice(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aqtx.errors import InputError
+from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 
@@ -32,7 +33,6 @@ class Changes:
     changed: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Context:
     load_calibration: Callable[[], Tensor] | None = None
     work: Path | None = None  # scratch folder, kept until the run is complete: resume points, spilled tensors
     quiet: bool = False
+    ranks: Ranks = ALONE
     _calibration: Tensor | None = None
 
     def calibration(self) -> Tensor:

@@ -12,7 +12,7 @@ from aqtx.finetune.frozen import Frozen
 from aqtx.finetune.loop import Schedule, Trainer
 from aqtx.finetune.losses import LossWeights
 from aqtx.finetune.measure import Routing, measure_routing
-from aqtx.finetune.routed import routed, router_sites
+from aqtx.finetune.routed import experts_per_token, routed, router_sites
 from aqtx.numerics.intervals import bootstrap_ratio
 from aqtx.program.program import Program
 from aqtx.program.site import Site
@@ -32,7 +32,7 @@ class FinetuneRouter(Pass):
     Fields:
         cross_entropy, logits, router: weights of the three losses (see `aqtx.finetune.losses`).
         validation_fraction: share of the sequences that is held out.
-        compile: `auto` compiles where two minutes or more of training are left after the first steps.
+        compile: `auto` compiles for 100,000 tokens of training and more, where it pays for itself.
     """
 
     requires = ("unfreeze_router",)
@@ -79,7 +79,7 @@ class FinetuneRouter(Pass):
         training, validation = self._split(context.calibration().to(context.device))
         frozen = Frozen.of(program, except_for=[site.weight for site in sites])
         student, teacher = routed(program, rounded=True), routed(program, rounded=False)
-        num_chosen = int(program.config["num_experts_per_tok"])
+        num_chosen = experts_per_token(program, sites)
         reference, before = (measure_routing(model, validation, num_chosen) for model in (teacher, student))
         start = {site.weight: program.read(site).to(context.device) for site in sites}
         trainer = Trainer(student, teacher if self._loss.needs_teacher else None, self._loss, self._schedule())

@@ -10,14 +10,12 @@ from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.gptq_block import BlockRounder, Settings
 from aqtx.blockwise.gptq_model import Walk
 from aqtx.machine.memory import PeakMemory, free_bytes
-from aqtx.machine.ranks import current
 from aqtx.numerics.gptq import Options
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Changes, Context, Pass, register
 from aqtx.rotation.select import check_planned
-from aqtx.text.self_sampling import FILE_NAME as SAMPLED
 
 
 @register("gptq")
@@ -66,20 +64,18 @@ class Gptq(Pass):
             walk = self._walk(program, context, scratch)
             details = walk.run(sites, records, context)
         details["peak_memory_bytes"] = peak.num_bytes
-        sampled = None if context.work is None else context.work / SAMPLED
-        files = {SAMPLED: sampled.read_text()} if sampled is not None and sampled.exists() else {}
-        return Changes(changed=[site.name for site in sites], details=details, files=files)
+        return Changes(changed=[site.name for site in sites], details=details)
 
     def _walk(self, program: Program, context: Context, scratch: Path) -> Walk:
         """The blocks, the stream at its start, and a budget for what is computed on the way."""
         ids = context.calibration()
-        limit = current().smallest(self.max_memory or free_bytes(context.device) // 2)
+        limit = context.ranks.smallest(self.max_memory or free_bytes(context.device) // 2)
         blocks = split_blocks(program.graph, program.weights.specs)
         stream_bytes = ids.numel() * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
         on_disk = self.stream == "disk" or (self.stream == "auto" and stream_bytes > limit // 4)
         batch_size = max(self.tokens_per_batch // ids.shape[1], 1)
         stream = Stream(-(-len(ids) // batch_size), scratch if on_disk else None)
-        runner = Runner(program, stream, context.device, shared=True)
+        runner = Runner(program, stream, context.device, context.ranks)
         runner.start(ids, batch_size)
         # a quarter for activations on their way, the rest for moments and the solver
         budget = limit - limit // 4 - max(map(runner.num_bytes, blocks)) - (0 if on_disk else stream_bytes)

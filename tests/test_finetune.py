@@ -10,15 +10,16 @@ from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.finetune import losses
 from aqtx.finetune.frozen import Frozen
-from aqtx.finetune.loop import _batches, _warmup_then_cosine
+from aqtx.finetune.loop import COMPILE_PAYS_AFTER, Trainer, _batches, _warmup_then_cosine
 from aqtx.finetune.measure import measure_routing
-from aqtx.finetune.routed import routed
+from aqtx.finetune.routed import experts_per_token, routed, router_sites
 from aqtx.formats import quantize
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.unfreeze_router import UnfreezeRouter
 from aqtx.program.edits import QuantizeActivation
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context
+from tests.test_huggingface_trace import foreign
 from tests.tiny import OLMOE, random_model
 
 QUICK = {"epochs": 3, "batch_size": 2, "learning_rate": 3e-4, "checks": 3}
@@ -43,7 +44,6 @@ def ids() -> torch.Tensor:
 
 def rounded(model: torch.nn.Module, activation: str | None = None) -> Program:
     program = trace(model)
-    program.config["num_experts_per_tok"] = OLMOE["num_experts_per_tok"]
     experts = [site for site in program.sites() if site.expert is not None]
     for site in experts:
         site.set("format", "mxfp8")
@@ -174,3 +174,35 @@ def test_loads_count_each_token_k_times(model, ids):
     routing = measure_routing(routed(rounded(model), rounded=False), ids, OLMOE["num_experts_per_tok"])
     assert all(int(layer.sum()) == ids.numel() * OLMOE["num_experts_per_tok"] for layer in routing.chosen)
     assert routing.shift_from(routing) == [0.0, 0.0]
+
+
+def test_the_number_of_experts_is_read_from_the_graph(model: torch.nn.Module) -> None:
+    program = trace(model)
+    assert "num_experts_per_tok" not in program.config  # a module in memory has no config.json
+    assert experts_per_token(program, router_sites(program)) == OLMOE["num_experts_per_tok"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_the_number_of_experts_is_read_behind_transformers_own_routers_too(model_type: str) -> None:
+    program = trace(foreign(model_type))
+    assert experts_per_token(program, router_sites(program)) == 2
+
+
+def test_a_router_without_a_top_k_is_named(model: torch.nn.Module) -> None:
+    program = trace(model)
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.topk.default:
+            node.target = torch.ops.aten.sort.default
+    with pytest.raises(InputError, match=r"cannot be read from the graph behind model\.layers\.0\.mlp\.gate"):
+        experts_per_token(program, router_sites(program))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_tokens_decide_whether_training_is_compiled(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock would make reruns differ in the last bits."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    schedule = FinetuneRouter()._schedule()
+    trainer = Trainer(None, None, None, schedule)  # type: ignore[arg-type]  (nothing of them is asked)
+    trainer._maybe_compile(int(share * COMPILE_PAYS_AFTER))
+    assert trainer.compiled is bool(compiled) is (share == 1.0)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from aqtx.blockwise.block_stream import Stream
 from aqtx.blockwise.input_moments import Moments
-from aqtx.machine.ranks import current
+from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.blocks import Block, Values, ancestors, evaluate
 from aqtx.program.gate_scores import GateScores
 from aqtx.program.program import Program
@@ -93,13 +93,12 @@ class Runner:
     program: Program
     stream: Stream
     device: torch.device
-    shared: bool = False  # whether ranks share the batches, each running its own, and add up their moments
+    ranks: Ranks = ALONE  # that share the batches, each running its own, and add up their moments
 
     @property
     def batches(self) -> Sequence[int]:
         """The batches that this rank runs."""
-        every = range(len(self.stream))
-        return current().mine(every) if self.shared else every
+        return self.ranks.mine(range(len(self.stream)))
 
     def start(self, ids: Tensor, batch_size: int) -> None:
         """Put the token ids into the stream."""
@@ -141,8 +140,7 @@ class Runner:
             for want in wanted:
                 want.add(found)
         for want in wanted:
-            if self.shared:
-                want.moments.add_ranks()
+            want.moments.add_ranks(self.ranks)
             want.moments.finish()
 
     def _run(self, nodes: Sequence[fx.Node], values: Values, weights: Values, keep: Iterable[fx.Node]) -> Values:

@@ -7,7 +7,7 @@ what is solved together, so the codes do not depend on how much memory happened 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from aqtx.blockwise.block_runner import Runner, Stage, Want, waves_of
 from aqtx.blockwise.input_moments import Moments
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor, kernel, parse
-from aqtx.machine.ranks import current
 from aqtx.numerics.gptq import Curvature, Options, Solution
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.program.blocks import Block, Values
@@ -66,28 +65,49 @@ def naming(site: str) -> Iterator[None]:
 
 
 @dataclass
+class Rounded:
+    """What became of some matrices: their codes, the report's rows, and the range of each input channel by weight."""
+
+    codes: dict[str, QuantizedTensor] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: "Rounded") -> None:
+        """Take over another's, which may be of the same weights' other experts."""
+        self.codes.update(other.codes)
+        self.rows += other.rows
+        for weight, largest in other.channels.items():
+            known = self.channels.get(weight, largest)
+            self.channels[weight] = torch.maximum(known, largest.to(known.device))
+
+    def to_send(self) -> "Rounded":
+        """The same on the CPU; a code is a part of its batch: without a copy the whole batch would go with each."""
+        codes = {name: code.clone() for name, code in self.codes.items()}
+        return Rounded(codes, self.rows, {name: largest.cpu() for name, largest in self.channels.items()})
+
+
+@dataclass(frozen=True)
 class BlockRounder:
-    """Rounds blocks of one program; the rows of `report` tell what each matrix took."""
+    """Rounds blocks of one program."""
 
     runner: Runner
     settings: Settings
-    report: list[dict[str, Any]] = field(default_factory=list)
-    channels: dict[str, Tensor] = field(default_factory=dict)
-    solved: dict[str, QuantizedTensor] = field(default_factory=dict)  # by this rank, since the last exchange
-    told: list[dict[str, Any]] = field(default_factory=list)  # rows of the report for them
 
-    def round(self, block: Block, weights: Values, sites: list[Site]) -> None:
-        """Codes for all `sites` of the block go to the program, their values into `weights`."""
+    def round(self, block: Block, weights: Values, sites: list[Site]) -> Rounded:
+        """Codes for all `sites` of the block go to the program, their values into `weights`; what is to be told."""
+        told, ranks = Rounded(), self.runner.ranks
         for wave in waves_of(block, sites):
             units = [unit for stage in wave for unit in self._units(stage)]
             priors: dict[int, Tensor] = {}
             for run in pack(units, self.settings.budget):
-                moments = self._collect(block, weights, run, priors)
+                moments, mine = self._collect(block, weights, run, priors), Rounded()
                 for place, (unit, found) in enumerate(zip(run, moments, strict=True)):
-                    if current().owns(place):
-                        self._round_unit(unit, found, priors.get(id(unit.stage)), weights)
+                    if ranks.owns(place):
+                        mine.add(self._round_unit(unit, found, priors.get(id(unit.stage)), weights))
                     found.H = found.H.new_empty(0)
-                self._exchange(weights, [site for unit in run for part in unit.stage.sites.values() for site in part])
+                in_run = [site for unit in run for part in unit.stage.sites.values() for site in part]
+                told.add(self._exchange(mine, weights, in_run))
+        return replace(told, codes={})
 
     def _units(self, stage: Stage) -> list[Unit]:
         """A stage's experts in quanta of consecutive numbers."""
@@ -119,10 +139,10 @@ class BlockRounder:
             priors[id(pool.stage)] = pooled_prior(pool.moments.H[0], pool.moments.tokens[0])
         return [want.moments for want in wanted]
 
-    def _round_unit(self, unit: Unit, moments: Moments, prior: Tensor | None, weights: Values) -> None:
+    def _round_unit(self, unit: Unit, moments: Moments, prior: Tensor | None, weights: Values) -> Rounded:
         """Solve the unit's experts, all nodes that read the same moments with one factor."""
         tokens = None if self.settings.prior == "none" else moments.tokens
-        solver = self.settings.solver
+        solver, rounded = self.settings.solver, Rounded()
         with naming(unit.first_site):
             curvature = Curvature.of(moments.H, num_tokens=tokens, prior=prior, options=solver)
         for sites in unit.stage.sites.values():
@@ -131,10 +151,11 @@ class BlockRounder:
                 if (site.expert or 0) in moments.place:
                     batches.setdefault(site.get("format"), []).append(site)
             for batch in batches.values():
-                self._round_batch(batch, moments, curvature, weights)
+                rounded.add(self._round_batch(batch, moments, curvature, weights))
+        return rounded
 
-    def _round_batch(self, sites: list[Site], moments: Moments, curvature: Curvature, weights: Values) -> None:
-        """Solve experts of one node and format; keep their codes, and compute with them from now on."""
+    def _round_batch(self, sites: list[Site], moments: Moments, curvature: Curvature, weights: Values) -> Rounded:
+        """Solve experts of one node and format, and compute with their codes from now on."""
         program, parameter = self.runner.program, sites[0].node.args[1]
         assert isinstance(parameter, fx.Node)
         stack = weights[parameter] if sites[0].expert is not None else weights[parameter].unsqueeze(0)
@@ -143,44 +164,36 @@ class BlockRounder:
         part = curvature if len(places) == len(moments.H) else curvature.take(places)
         W = torch.stack([program.read(site) for site in sites])  # float32: `stack` has rounded what passes changed
         found = part.solve(W.to(stack.device), parse(sites[0].get("format")))
+        rounded = Rounded(rows=self._rows(sites, moments, found), channels={sites[0].weight: moments.largest})
         for index, site in enumerate(sites):
             code = found.tensor[index].to(program.dtype)
-            self.solved[site.name] = code.to("cpu")
+            rounded.codes[site.name] = code.to("cpu")
             if self.settings.rounded_inputs:
                 stack[experts[index]] = values_of(code, stack.dtype)
-        self._tell(sites, moments, found)
+        return rounded
 
-    def _exchange(self, weights: Values, sites: list[Site]) -> None:
-        """Take over what other ranks solved; the report's rows come in the order of `sites` on all of them."""
-        ranks, mine = current(), set(self.solved)
-        told: list[dict[str, Any]] = []
-        for rows, codes, channels in ranks.gather(self._shared() if ranks.size > 1 else (self.told, {}, {})):
-            told += rows
-            self.solved.update({name: code for name, code in codes.items() if name not in mine})
-            for name, largest in channels.items():
-                largest = largest.to(self.runner.device)
-                self.channels[name] = torch.maximum(self.channels.get(name, largest), largest)
+    def _exchange(self, mine: Rounded, weights: Values, sites: list[Site]) -> Rounded:
+        """Take over what other ranks solved; rows come in the order of `sites` on all of them."""
+        ranks, known, every = self.runner.ranks, set(mine.codes), Rounded()
+        for part in ranks.gather(mine.to_send()) if ranks.size > 1 else [mine]:
+            every.add(part)
+        every.codes.update(mine.codes)
         order = {site.name: place for place, site in enumerate(sites)}
-        self.report += sorted(told, key=lambda row: order[row["site"]])
-        self.runner.program.codes.update(self.solved)
+        every.rows.sort(key=lambda row: order[row["site"]])
+        self.runner.program.codes.update(every.codes)
         if self.settings.rounded_inputs:
-            take_codes(self.solved, weights, [site for site in sites if site.name in self.solved.keys() - mine])
-        self.solved, self.told = {}, []
+            take_codes(every.codes, weights, [site for site in sites if site.name in every.codes.keys() - known])
+        return every
 
-    def _shared(self) -> tuple[list[dict[str, Any]], dict[str, QuantizedTensor], dict[str, Tensor]]:
-        """Rows, codes and channel ranges of this rank, on the CPU."""
-        # a code is a part of its batch: without a copy the whole batch would be sent with each
-        codes = {name: code.clone() for name, code in self.solved.items()}
-        return self.told, codes, {name: largest.cpu() for name, largest in self.channels.items()}
-
-    def _tell(self, sites: list[Site], moments: Moments, found: Solution) -> None:
+    def _rows(self, sites: list[Site], moments: Moments, found: Solution) -> list[dict[str, Any]]:
         """Rows of the report."""
         asked = self.settings.solver.damp_fraction
+        rows = []
         for index, site in enumerate(sites):
             power, damping = float(found.power[index]), float(found.damping[index])
             raised = damping > asked * 1.001
             tokens = float(moments.tokens[moments.place[site.expert or 0]])
-            self.told.append(
+            rows.append(
                 {
                     "site": site.name,
                     "tokens": round(tokens, 1) if tokens % 1 else int(tokens),
@@ -192,8 +205,7 @@ class BlockRounder:
                     "rows_nearest": int(found.rows_nearest[index]),
                 }
             )
-            largest = self.channels.get(site.weight)
-            self.channels[site.weight] = moments.largest if largest is None else torch.maximum(largest, moments.largest)
+        return rows
 
 
 def take_codes(codes: Mapping[str, QuantizedTensor], weights: Values, sites: list[Site]) -> None:

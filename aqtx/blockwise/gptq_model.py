@@ -9,7 +9,6 @@ from torch import fx
 from aqtx.blockwise.block_records import BlockRecords
 from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.gptq_block import BlockRounder, take_codes
-from aqtx.machine.ranks import current
 from aqtx.program.blocks import Block, Values
 from aqtx.program.site import Site
 from aqtx.registry import Context
@@ -35,7 +34,7 @@ class Walk:
             planned = [site for node in block.nodes for site in by_node.get(node, [])]
             weights = self.runner.load(block)
             payload = records.load(block.index)
-            if not current().all_agree(payload is not None):
+            if not self.runner.ranks.all_agree(payload is not None):
                 payload = None  # a rank that was stopped earlier than another lacks this block
             if payload is None:
                 payload = self._round(block, weights, planned)
@@ -50,11 +49,8 @@ class Walk:
 
     def _round(self, block: Block, weights: Values, planned: list[Site]) -> dict[str, Any]:
         """One block, and what is to be told of it."""
-        rounder = self.rounder
-        rounder.report, rounder.channels = [], {}
-        rounder.round(block, weights, planned)
-        channels = []
-        for weight, largest in rounder.channels.items():
+        rounded, channels = self.rounder.round(block, weights, planned), []
+        for weight, largest in rounded.channels.items():
             median, high, top = largest.quantile(torch.tensor([0.5, 0.99, 1.0], device=largest.device)).tolist()
             channels.append({"weight": weight, "median": median, "p99": high, "largest": top})
-        return {"sites": rounder.report, "channels": channels}
+        return {"sites": rounded.rows, "channels": channels}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aqtx.formats.grouped_linear import group_bounds
-from aqtx.machine.ranks import current
+from aqtx.machine.ranks import Ranks
 
 PANEL = 128  # rows of H computed at once; the part below the diagonal is mirrored at the end
 
@@ -54,9 +54,8 @@ class Moments:
                 self.squares[index] += weight.square().sum()
             add_outer(self.H[index], rows)
 
-    def add_ranks(self) -> None:
+    def add_ranks(self, ranks: Ranks) -> None:
         """Add what other ranks saw of their share of the text."""
-        ranks = current()
         ranks.add_up(self.H, self.tokens, self.squares)
         ranks.take_largest(self.largest)
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     with joined() as ranks:
-        report = apply_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+        report = apply_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite, ranks=ranks)
     if ranks.leads:
         print(summarize(report.data))
         print(f"\n{report.directory / 'report.html' if recipe.report else report.directory}")

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from aqtx.finetune.losses import LossWeights
 from aqtx.finetune.routed import Routed
 from aqtx.numerics.intervals import clearly_less
 
-_COMPILE_PAYS_AFTER = 120.0  # seconds of eager training still to come for which compiling is tried
+COMPILE_PAYS_AFTER = 100_000  # tokens of training; a count and no clock, so that reruns give the same bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,8 @@ class Trainer:
 
     def __init__(self, student: Routed, teacher: Routed | None, loss: LossWeights, schedule: Schedule) -> None:
         self.student, self.teacher, self.loss, self.schedule = student, teacher, loss, schedule
-        self.compiled = schedule.compile == "on"
+        self.compiled = False
         self._objective: Callable[[dict[str, Tensor], Tensor], Tensor] = self._eager
-        if self.compiled:
-            self._objective = torch.compile(self._eager, dynamic=False)
 
     def objective(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
         """The loss of each sequence, [B]."""
@@ -83,6 +80,7 @@ class Trainer:
         """
         weights = {name: value.clone().requires_grad_() for name, value in start.items()}
         batches = list(_batches(len(training), self.schedule, seed))
+        self._maybe_compile(sum(map(len, batches)) * training.shape[1])
         optimizer = torch.optim.AdamW(
             weights.values(), lr=self.schedule.learning_rate, weight_decay=self.schedule.weight_decay
         )
@@ -93,11 +91,8 @@ class Trainer:
         curve: list[dict[str, Any]] = [{"step": 0, "training": None, "validation": best.mean}]
         losses: list[float] = []
         for step in progress(range(1, len(batches) + 1), description="finetune_router"):
-            began = time.perf_counter()
             losses.append(self._step(weights, training[batches[step - 1]], optimizer))
             shape.step()
-            if step == 2:  # the first step pays for allocations
-                self._maybe_compile(time.perf_counter() - began, len(batches) - step)
             if step % every == 0 or step == len(batches):
                 found = self.held_out(weights, validation)
                 curve.append({"step": step, "training": sum(losses) / len(losses), "validation": float(found.mean())})
@@ -117,8 +112,8 @@ class Trainer:
         optimizer.step()
         return float(loss.detach())
 
-    def _maybe_compile(self, seconds: float, steps_left: int) -> None:
-        if self.schedule.compile == "auto" and seconds * steps_left > _COMPILE_PAYS_AFTER:
+    def _maybe_compile(self, num_tokens: int) -> None:
+        if self.schedule.compile == "on" or (self.schedule.compile == "auto" and num_tokens >= COMPILE_PAYS_AFTER):
             self._objective, self.compiled = torch.compile(self._eager, dynamic=False), True
 
 

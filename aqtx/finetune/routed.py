@@ -5,17 +5,17 @@ the teacher is the same graph over the weights before rounding, without activati
 float32 masters that are rounded to the graph's dtype on every call, so what is trained is what will be stored.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from aqtx.errors import InputError
 from aqtx.program.inserted_ops import ACTIVATION_OPS
 from aqtx.program.program import Program, bind
-from aqtx.program.site import Site, weight_node
-
-ROUTERS = ("router", "shared_expert_gate")
+from aqtx.program.site import GROUPED_LINEAR, Site, weight_node
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Routed:
 
 def routed(program: Program, *, rounded: bool) -> Routed:
     """The student of a program, or with `rounded` False its teacher."""
-    view = replace(program, emitted=False)  # a view without codes
-    if rounded:
-        view.codes = program.codes
+    view = program if rounded else program.without_codes()
     source = program.entries["score"]
     names = [node.target for node in source.graph.nodes if node.op == "get_attr"]
     values = view.parameters(name for name in names if name in view.weights.specs)
@@ -53,6 +51,33 @@ def routed(program: Program, *, rounded: bool) -> Routed:
 def router_sites(program: Program) -> list[Site]:
     """The linears that score experts, not the gates of shared experts, in graph order."""
     return [site for site in program.sites() if site.category == "router"]
+
+
+def experts_per_token(program: Program, routers: Sequence[Site]) -> int:
+    """How many experts each token is given, by the top-k that the routers' scores feed.
+
+    Raises:
+        InputError: no top-k of a fixed number stands behind a router.
+    """
+    found = {_top_k_behind(site.node) for site in routers if site.category == "router"}
+    if len(found) != 1 or None in found:
+        names = ", ".join(site.name for site in routers[:3])
+        raise InputError(f"the number of experts per token cannot be read from the graph behind {names}")
+    return int(found.pop() or 0)
+
+
+def _top_k_behind(router: fx.Node) -> int | None:
+    """The k of the last top-k over this router's scores: one that groups experts comes before it."""
+    seen, queue, last = {router}, deque([router]), None
+    while queue:
+        node = queue.popleft()
+        if node.target is torch.ops.aten.topk.default and isinstance(node.args[1], int):
+            last = node.args[1]
+        for user in node.users:
+            if user not in seen and user.target is not GROUPED_LINEAR and weight_node(user) is None:
+                seen.add(user)
+                queue.append(user)
+    return last
 
 
 def _return_router_logits(module: fx.GraphModule, sites: list[Site]) -> tuple[str, ...]:

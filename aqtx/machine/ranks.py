@@ -68,7 +68,7 @@ class Ranks:
         return all(self.gather(found))
 
     def gather(self, item: Item) -> list[Item]:
-        """Every rank's item, in the order of ranks; also a point where all wait for each other."""
+        """Every rank's item, in the order of ranks."""
         if self.size == 1:
             return [item]
         import torch.distributed as dist
@@ -77,6 +77,10 @@ class Ranks:
         with naming_the_lost():
             dist.all_gather_object(items, item)
         return items
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(None)
 
     def share(self, work: Callable[[Item], Result], items: Sequence[Item], *, progress: Progress) -> list[Result]:
         """`work` of every item in the items' order, each done by one rank; results are pickled between ranks."""
@@ -93,12 +97,7 @@ class Ranks:
                 dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
 
 
-_state = {"ranks": Ranks()}
-
-
-def current() -> Ranks:
-    """The ranks of this run; a single one unless `joined` says otherwise."""
-    return _state["ranks"]
+ALONE = Ranks()
 
 
 @contextmanager
@@ -106,7 +105,7 @@ def joined() -> Iterator[Ranks]:
     """Meet the other processes that torchrun started, if it did."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield current()
+        yield ALONE
         return
     import torch.distributed as dist
 
@@ -115,11 +114,9 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with naming_the_lost():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
-    _state["ranks"] = Ranks(dist.get_rank(), dist.get_world_size())
     try:
-        yield current()
+        yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
-        _state["ranks"] = Ranks()
         dist.destroy_process_group()
 
 

@@ -5,7 +5,7 @@ transformers, so they name weights, never nodes. Changes of weight values are no
 
 All edits of one weight together say which ops stand before its linears: each takes its place in the list of running
 edits (`running`), and the list, in the order of `place`, is what graphs and modules get. A new kind of edit is one
-record here; its op must be among `inserted_ops.ACTIVATION_OPS` or the rotation's, so that it is found again.
+record, here or in another package: it names its ops, replays, exports and undoes itself.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ from aqtx.errors import InputError, nearest
 from aqtx.numerics.hadamard import hadamard
 from aqtx.program.hadamard_op import OP as HADAMARD
 from aqtx.program.hadamard_op import buffers
-from aqtx.program.inserted_ops import ACTIVATION_OPS, Step, get_attr, replace_inserted
+from aqtx.program.inserted_ops import ACTIVATION_OPS, INSERTED_OPS, Step, get_attr, replace_inserted
 from aqtx.program.site import weight_node
 
 Operation = Callable[[Tensor, Tensor | None], Tensor]  # input, offsets of the experts' rows -> input
@@ -30,6 +30,7 @@ class Edit:
     """A change of what stands before the linears of one weight."""
 
     kind: ClassVar[str]
+    ops: ClassVar[tuple[Any, ...]] = ()  # that `step` puts into graphs
     place: ClassVar[int] = 0  # edits of a lower place come first, whichever was made first
 
     weight: str
@@ -70,6 +71,7 @@ def edit_kind(name: str) -> Callable[[Record], Record]:
         if name in KINDS:
             raise ValueError(f"the kind of edit {name!r} is registered twice")
         cls.kind = name
+        INSERTED_OPS.update(cls.ops)
         KINDS[name] = cls
         return cls
 
@@ -83,6 +85,8 @@ class Hadamard(Edit):
 
     x -> quantize -> linear        becomes        x -> rotate -> quantize -> linear
     """
+
+    ops: ClassVar[tuple[Any, ...]] = (HADAMARD,)
 
     block: int
     seed: int | None = None
@@ -122,6 +126,7 @@ class RemoveHadamard(Edit):
 class QuantizeActivation(Edit):
     """Quantize the input per token; one format for all rows, or one per expert, "" where an expert's stays as it is."""
 
+    ops: ClassVar[tuple[Any, ...]] = ACTIVATION_OPS
     place: ClassVar[int] = 1
 
     formats: tuple[str, ...]

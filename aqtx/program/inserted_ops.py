@@ -9,6 +9,7 @@ import aqtx.formats.activation  # noqa: F401  (registers the ops)
 from aqtx.program.hadamard_op import OP as HADAMARD
 
 ACTIVATION_OPS = (torch.ops.aqtx.quantize_activation.default, torch.ops.aqtx.quantize_activation_grouped.default)
+INSERTED_OPS: set[Any] = {HADAMARD, *ACTIVATION_OPS}  # what is found again before a linear; kinds of edits add theirs
 
 Step = tuple[Any, tuple[Any, ...]]  # an op and its arguments after the input
 
@@ -35,7 +36,7 @@ def inserted_ops(node: fx.Node) -> list[fx.Node]:
     """The nodes that edits put before a linear, first to last: its rotation, then its quantization."""
     chain: list[fx.Node] = []
     source = node.args[0]
-    while isinstance(source, fx.Node) and source.target in (HADAMARD, *ACTIVATION_OPS):
+    while isinstance(source, fx.Node) and source.target in INSERTED_OPS:
         chain.insert(0, source)
         source = source.args[0]
     return chain

@@ -1,7 +1,7 @@
 """A traced model: graphs, weights by name, and the sites where a weight matrix meets its input."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class Program:
         touched = by_weight(edits)
         for graph_module in self.entries.values():
             replay(graph_module, [edit for edit in self.edits if edit.weight in touched])
+
+    def without_codes(self) -> "Program":
+        """The same graphs over the weights before rounding; a view that shares everything but the codes."""
+        return replace(self, emitted=False)  # `codes` is no field of the constructor: the view gets an empty store
 
     def sites_by_weight(self) -> dict[str, list[Site]]:
         """Sites grouped by the parameter that holds them."""

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from aqtx.program.hadamard_op import OP as HADAMARD
-from aqtx.program.inserted_ops import ACTIVATION_OPS
+from aqtx.program.inserted_ops import INSERTED_OPS
 from aqtx.program.site import GROUPED_LINEAR, LINEAR, weight_node
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def is_hadamard(node: object) -> bool:
 
 def is_inserted(node: fx.Node) -> bool:
     """Whether a node is a rotation or a quantization that an edit put before a linear."""
-    return is_hadamard(node) or node.target in ACTIVATION_OPS
+    return node.target in INSERTED_OPS
 
 
 def described(node: fx.Node) -> str:

@@ -1,6 +1,7 @@
 """Run a recipe from checkpoint to report: trace, passes, evaluation before and after, write."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.devices import device_of
 from aqtx.machine.memory import peak_bytes
-from aqtx.machine.ranks import current
+from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
 from aqtx.program.codes import CODES
 from aqtx.program.program import Program
@@ -56,25 +57,26 @@ def apply(recipe: str | Path | dict[str, Any], **overrides: Any) -> Report:
     Raises:
         InputError: with every problem found.
     """
-    flags = {name: bool(overrides.pop(name, False)) for name in ("resume", "overwrite")}
+    resume, overwrite = (bool(overrides.pop(name, False)) for name in ("resume", "overwrite"))
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     read = parse_recipe(recipe, dotted) if isinstance(recipe, dict) else load_recipe(recipe, dotted)
-    return apply_recipe(read, **flags)
+    return apply_recipe(read, resume=resume, overwrite=overwrite)
 
 
-def apply_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Report:
-    """Run a validated recipe and write its output folder."""
+def apply_recipe(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False, ranks: Ranks = ALONE
+) -> Report:
+    """Run a validated recipe and write its output folder; with several ranks, each calls this with its own."""
     if recipe.output is None:
         raise InputError("output: this key is required to apply a recipe")
-    ranks = current()
     if ranks.leads:
         directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
-    ranks.gather(None)  # rank 0 may clear the folder that the others look into
+    ranks.barrier()  # rank 0 may clear the folder that the others look into
     if not ranks.leads:
         directory = RunDirectory(Path(recipe.output), resume=True, overwrite=overwrite)
     if resume and directory.complete:
         return _finished(recipe, directory)
-    return _Runner(recipe, directory, quiet).run()
+    return _Runner(recipe, directory, quiet, ranks).run()
 
 
 def _finished(recipe: Recipe, directory: RunDirectory) -> Report:
@@ -88,16 +90,17 @@ def _finished(recipe: Recipe, directory: RunDirectory) -> Report:
 class _Runner:
     """One run; its methods are its stages, in order."""
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, quiet: bool) -> None:
+    def __init__(self, recipe: Recipe, directory: RunDirectory, quiet: bool, ranks: Ranks) -> None:
         self.recipe = recipe
         self.directory = directory
         self.started = time.perf_counter()
         self.program = program_of(recipe)
         if problems := preflight(recipe, self.program):
             raise InputError(*problems)
-        self.ranks = current()
+        self.ranks = ranks
         work = self.ranks.own_folder(directory.work)
-        self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not self.ranks.leads)
+        self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not ranks.leads)
+        self.context.ranks = ranks
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> Report:
@@ -108,13 +111,16 @@ class _Runner:
         before_bytes = original_bytes(self.program)
         before = self._score(documents, "before")
         tasks_before = self._tasks("before")
-        self.ranks.gather(None)  # the others wait in `_assist`
+        self.ranks.barrier()  # the others wait in `_assist`
         refusals = self._run_passes()
         after = self._score(documents, "after")
         tasks_after = self._tasks("after")
         staging = self.directory.staging
         write_model(self.program, staging)
         write_tables(self.program, self.recipe.passes, staging)
+        sampled = self.directory.work / self_sampling.FILE_NAME
+        if sampled.exists():  # text that the model wrote serves as `calibration.source` of later runs
+            shutil.copyfile(sampled, staging / sampled.name)
         accounting = account(self.program, {refusal.site for refusal in refusals})
         data = {
             "name": self.directory.output.name,
@@ -132,7 +138,7 @@ class _Runner:
 
     def _assist(self) -> Report:
         """What a rank other than the first does: the passes, and nothing else."""
-        self.ranks.gather(None)
+        self.ranks.barrier()
         assert self.context.work is not None
         self.context.work.mkdir(parents=True, exist_ok=True)
         self._run_passes()
@@ -153,14 +159,14 @@ class _Runner:
         assert self.context.work is not None
         self.program.codes.spill_to(self.context.work / CODES)
         self.rows = restore_state(self.program, self.directory.work)
-        self.ranks.gather(None)  # nobody moves the resume point while another reads it
+        self.ranks.barrier()  # nobody moves the resume point while another reads it
         done = len(self.program.history)
 
         def after_pass(run: Run) -> None:
             self.rows.append(run.rows[-1].to_json())
             if self.ranks.leads:
                 save_state(self.program, self.rows, self.directory.work)
-            self.ranks.gather(None)
+            self.ranks.barrier()
 
         Run(self.program, self.context, first_place=done).execute(self.recipe.passes[done:], after_pass)
         rounding = [row for row in self.rows if row["name"] in _DECIDING]

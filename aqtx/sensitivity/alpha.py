@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
-from aqtx.machine.ranks import current
 from aqtx.numerics.alpha import AlphaStats, analyze
 from aqtx.program.program import Program
 from aqtx.program.site import Site
@@ -65,7 +64,7 @@ def measure_alpha(program: Program, sites: Sequence[Site], options: AlphaOptions
         stats = options.analyze(W)
         return stats, options.analyze(W, "full") if options.raw and options.spectra != "full" else stats
 
-    found = current().share(measure, sites, progress=partial(context.progress, description="annotate_alpha"))
+    found = context.ranks.share(measure, sites, progress=partial(context.progress, description="annotate_alpha"))
     changes = Changes()
     for site, (stats, raw) in zip(sites, found, strict=True):
         reason = stats.reason[0]
