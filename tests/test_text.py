@@ -33,26 +33,26 @@ def numbered(folder, domains, per_domain=20):
 
 
 def test_sequences_have_one_length_hold_no_padding_and_share_domains(tmp_path):
-    ids = calibration(spec(numbered(tmp_path, "ab"), 8, 11), Bytes(), seed=0)
-    assert ids.shape == (8, 11) and ids.dtype == torch.int64
-    assert (ids[:, -1] == Bytes.eos_token_id).all()  # 10 letters and the end token, nothing else
-    assert sorted(ids[:, 0].tolist()) == [ord("a")] * 4 + [ord("b")] * 4
+    ids = calibration(spec(numbered(tmp_path, "ab"), 8, 12), Bytes(), seed=0)
+    assert ids.shape == (8, 12) and ids.dtype == torch.int64
+    assert (ids[:, -1] == Bytes.eos_token_id).all()  # the start, 10 letters and the end token
+    assert sorted(ids[:, 1].tolist()) == [ord("a")] * 4 + [ord("b")] * 4
 
 
 def test_a_domain_that_runs_out_leaves_its_turns_to_the_others(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [{"domain": "a", "text": "a" * 10}, {"text": "b" * 65}]))
-    ids = calibration(spec(path, 7, 11), Bytes())
-    assert sorted(ids[:, 0].tolist()) == [ord("a")] + [ord("b")] * 6
+    ids = calibration(spec(path, 7, 12), Bytes())
+    assert sorted(ids[:, 1].tolist()) == [ord("a")] + [ord("b")] * 6
 
 
 def test_the_seed_decides_and_no_token_is_used_twice(tmp_path):
     path = tmp_path / "long.txt"
     path.write_text("".join(chr(33 + index % 89) for index in range(1000)))
-    first, again, other = (calibration(spec(path, 10, 90), Bytes(), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (calibration(spec(path, 10, 91), Bytes(), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    with pytest.raises(InputError, match=r"holds 1,001 tokens, which make 11 sequences of 90; 12 were asked for"):
-        calibration(spec(path, 12, 90), Bytes())
+    with pytest.raises(InputError, match=r"holds 1,001 tokens, which make 11 sequences of 91; 12 were asked for"):
+        calibration(spec(path, 12, 91), Bytes())
 
 
 def test_bad_numbers_are_named_together(tmp_path):

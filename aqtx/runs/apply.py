@@ -32,7 +32,7 @@ from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
 from aqtx.text import self_sampling
-from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer
+from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer, start_of
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DECIDING = ("assign_plan", "quantize", "gptq")  # passes whose refusal leaves a weight as it is
@@ -242,7 +242,10 @@ def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Te
     """Token ids: written by the model itself, or from text."""
     spec = recipe.calibration
     if spec.source == "ebss":
-        return self_sampling.calibration(program, spec, recipe.seed, context.work)
+        folder = program.folder
+        known = folder is not None and any(folder.glob("tokenizer*"))  # no tokenizer, nothing that it puts
+        start = start_of(load_tokenizer(_folder(program))) if known else []
+        return self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
     return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
 
 

@@ -7,7 +7,8 @@ the W of least
     score = -sum(log P) / length + sigma / tau
 
 go on, where sigma is the standard deviation of the experts' normalised usage, averaged over layers, the
-candidate and everything written so far included. Each sequence starts from a token of its own.
+candidate and everything written so far included. Each sequence starts from a token of its own, behind what the
+tokenizer puts before every text.
 
 The published tau of 1.2 leaves sigma, some hundredths, next to no weight beside some nats of -log(P); a smaller one
 buys balance (benchmarks/calibration.py).
@@ -15,7 +16,7 @@ buys balance (benchmarks/calibration.py).
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from aqtx.errors import InputError
 from aqtx.program.generate import Generator
 from aqtx.program.program import Program
 from aqtx.program.site import GROUPED_LINEAR
-from aqtx.text.tokens import CalibrationSpec
+from aqtx.text.tokens import CalibrationSpec, check_room
 
 BEAMS = 4
 TAU = 1.2
@@ -129,7 +130,7 @@ class _Beams:
 class Sampler:
     """Grows groups of sequences through the `step` entry."""
 
-    def __init__(self, program: Program, seed: int, tau: float = TAU) -> None:
+    def __init__(self, program: Program, seed: int, tau: float = TAU, start: Sequence[int] = ()) -> None:
         module = program.module("step")
         assert isinstance(module, fx.GraphModule)
         self._routed = Routed(module)
@@ -138,22 +139,27 @@ class Sampler:
         vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
         self._random = torch.Generator().manual_seed(seed)
         self._first = itertools.cycle(torch.randperm(vocabulary, generator=self._random).tolist())
-        self._tau = tau
+        self._tau, self._start = tau, list(start)
 
     @torch.no_grad()
     def grow(self, num_groups: int, length: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """`num_groups` sequences [G, length] and their usage [L, E]; `before` is the usage of earlier ones."""
-        first = torch.tensor(list(itertools.islice(self._first, num_groups)))
-        beams = self._open(first.repeat_interleave(BEAMS).view(-1, BEAMS, 1))
+        first = [[*self._start, token] for token in itertools.islice(self._first, num_groups)]
+        beams = self._open(torch.tensor(first).repeat_interleave(BEAMS, 0).unflatten(0, (-1, BEAMS)))
         before = torch.zeros_like(beams.usage[0, 0]) if before is None else before
-        for place in range(1, length):
+        for place in range(beams.ids.shape[-1], length):
             beams = self._step(beams, place, before)
         return beams.ids[:, 0].cpu(), beams.usage[:, 0].sum(0)
 
     def _open(self, ids: Tensor) -> _Beams:
-        cache = self._generator.make_cache(ids.shape[0] * BEAMS, SLOTS)
-        logits, usage = self._read(ids.view(-1, 1), 0, cache)
+        """Beams that have read their first tokens [G, W, length]."""
         shape = ids.shape[:2]
+        cache = self._generator.make_cache(shape.numel(), SLOTS)
+        usage = torch.zeros(())
+        for place, tokens in enumerate(ids.flatten(0, 1).split(1, -1)):
+            cache = _with_room(cache, place)
+            logits, added = self._read(tokens, place, cache)
+            usage = usage + added
         nll = torch.full(shape, torch.inf)
         nll[:, 0] = 0  # all beams are equal still: only the first may propose
         return _Beams(ids, nll, usage.view(*shape, *usage.shape[1:]), logits.view(*shape, -1), cache)
@@ -171,7 +177,7 @@ class Sampler:
         usage = beams.usage.repeat_interleave(BEAMS, 1) + usage.view(groups, -1, *usage.shape[1:])
         best = beams.usage[:, 0]
         others = before + (best.sum(0) - best).unsqueeze(1)  # what other sequences wrote
-        score = nll / place + deviation(usage + others) / self._tau
+        score = nll / (place - len(self._start)) + deviation(usage + others) / self._tau
         keep = score.topk(BEAMS, -1, largest=False).indices  # [G, W]
         rows = (keep + torch.arange(groups).unsqueeze(1) * BEAMS * BEAMS).flatten()
         ids = torch.cat([beams.ids.flatten(0, 1)[parents], tokens.view(-1, 1)], 1)
@@ -204,18 +210,18 @@ def sample(
     length: int,
     seed: int = 0,
     tau: float = TAU,
-    progress: Callable[[Iterator[int]], Iterator[int]] = iter,
+    start: Sequence[int] = (),
 ) -> Sampled:
-    """Sequences of tokens that the model finds likely and that load its experts evenly.
+    """Sequences of tokens that the model finds likely and that load its experts evenly, each behind `start`.
 
     Raises:
         InputError: the model has no experts or cannot generate.
     """
-    sampler = Sampler(program, seed, tau)
+    sampler = Sampler(program, seed, tau, start)
     parts: list[Tensor] = []
     usage: Tensor | None = None
-    for start in progress(iter(range(0, num_sequences, PARALLEL))):
-        ids, added = sampler.grow(min(PARALLEL, num_sequences - start), length, usage)
+    for done in range(0, num_sequences, PARALLEL):
+        ids, added = sampler.grow(min(PARALLEL, num_sequences - done), length, usage)
         usage = added if usage is None else usage + added
         parts.append(ids)
     assert usage is not None
@@ -235,13 +241,24 @@ def usage_of(program: Program, ids: Tensor) -> Tensor:
     return torch.stack(counts).sum(0).cpu()
 
 
-def calibration(program: Program, spec: CalibrationSpec, seed: int, folder: Path | None) -> Tensor:
-    """Calibration ids [num_sequences, sequence_length], sampled once: kept in a folder for a resumed run."""
+def calibration(
+    program: Program, spec: CalibrationSpec, seed: int, folder: Path | None, *, start: Sequence[int] = ()
+) -> Tensor:
+    """Calibration ids [num_sequences, sequence_length], sampled once: kept in a folder for a resumed run.
+
+    `start` is what the model's tokenizer puts before every text (`aqtx.text.tokens.start_of`).
+    """
+    check_room(spec, start)
     file = None if folder is None else folder / FILE_NAME
     if file is not None and file.exists():
         return torch.tensor([json.loads(line)["ids"] for line in file.read_text().splitlines()])
     sampled = sample(
-        program, num_sequences=spec.num_sequences, length=spec.sequence_length, seed=seed, tau=spec.tau or TAU
+        program,
+        num_sequences=spec.num_sequences,
+        length=spec.sequence_length,
+        seed=seed,
+        tau=spec.tau or TAU,
+        start=start,
     )
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 Calibration text is never padded: passages are tokenised in a seeded order, joined by the end-of-text token where the
 tokenizer has one, and cut into sequences that do not overlap, so that every row counts and no token counts twice.
+Each sequence begins with what the tokenizer puts before a text (`start_of`), as every evaluation document does: a
+model that was trained behind a start token computes something else without it, and calibration must not measure that.
 Domains take turns, so each has an equal share as long as its text lasts.
 """
 
@@ -17,6 +19,7 @@ from aqtx.errors import InputError
 from aqtx.text.sources import Passage, read_passages
 
 T = TypeVar("T")
+_PROBE = "a"  # any text will do
 
 
 class Tokenizer(Protocol):
@@ -77,6 +80,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return found
 
 
+def start_of(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer itself puts before every text: mostly one start token or none.
+
+    Told by encoding, whatever makes it so: a post-processor, `add_bos_token` in the tokenizer's configuration, code.
+    """
+    plain = tokenizer.encode(_PROBE, add_special_tokens=False)
+    marked = tokenizer.encode(_PROBE, add_special_tokens=True)
+    length = next(at for at in range(len(marked) + 1) if marked[at : at + len(plain)] == plain or at == len(marked))
+    return marked[:length] if length < len(marked) else []
+
+
+def check_room(spec: CalibrationSpec, start: Sequence[int]) -> None:
+    """InputError where sequences are too short to hold anything behind `start`."""
+    if spec.sequence_length <= len(start):
+        raise InputError(
+            f"calibration: sequence_length is {spec.sequence_length}, but the tokenizer alone puts {len(start)} "
+            "tokens before a text"
+        )
+
+
 def calibration(
     spec: CalibrationSpec,
     tokenizer: Tokenizer,
@@ -85,8 +108,10 @@ def calibration(
     progress: Callable[[Iterator[int]], Iterator[int]] = iter,
 ) -> torch.Tensor:
     """Calibration sequences, int64 [num_sequences, sequence_length]; the same ones for the same seed."""
+    start = start_of(tokenizer)
+    check_room(spec, start)
     streams = [
-        _Chunks(passages, tokenizer, spec.sequence_length, np.random.default_rng([seed, index]))
+        _Chunks(passages, tokenizer, start, spec.sequence_length, np.random.default_rng([seed, index]))
         for index, passages in enumerate(_by_domain(read_passages(spec.source, "calibration")).values())
     ]
     turns = _take_turns(streams)
@@ -124,13 +149,19 @@ def evaluation(
 
 
 class _Chunks(Iterator[np.ndarray]):
-    """Sequences of `length` tokens from passages in a random order, tokenising no further than is asked for."""
+    """Sequences of `length` tokens, `start` among them, from passages in a random order, none tokenised in vain."""
 
     def __init__(
-        self, passages: Sequence[Passage], tokenizer: Tokenizer, length: int, random: np.random.Generator
+        self,
+        passages: Sequence[Passage],
+        tokenizer: Tokenizer,
+        start: list[int],
+        length: int,
+        random: np.random.Generator,
     ) -> None:
         self._passages = iter([passages[index] for index in random.permutation(len(passages))])
-        self._tokenizer, self._length, self._random = tokenizer, length, random
+        self._tokenizer, self._start, self._random = tokenizer, start, random
+        self._length = length - len(start)  # of a sequence's own tokens
         self._left: list[int] = []
         self._ready: list[np.ndarray] = []
         self.num_tokens = 0
@@ -139,6 +170,8 @@ class _Chunks(Iterator[np.ndarray]):
         while not self._ready:
             passage = next(self._passages)  # its StopIteration ends this iterator too
             ids = _encode(passage, self._tokenizer, special=False)
+            if self._start and ids[: len(self._start)] == self._start:
+                ids = ids[len(self._start) :]  # written out in the text, or ids that have it already: never twice
             if passage.ids is None and self._tokenizer.eos_token_id is not None:
                 ids.append(self._tokenizer.eos_token_id)
             self.num_tokens += len(ids)
@@ -148,6 +181,7 @@ class _Chunks(Iterator[np.ndarray]):
     def _cut(self, ids: list[int]) -> None:
         whole = len(ids) // self._length * self._length
         chunks = np.array(ids[:whole], dtype=np.int64).reshape(-1, self._length)
+        chunks = np.concatenate([np.tile(np.array(self._start, dtype=np.int64), (len(chunks), 1)), chunks], axis=1)
         self._ready = [chunks[index] for index in self._random.permutation(len(chunks))]
         self._left = ids[whole:]
 
