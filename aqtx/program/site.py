@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 import aqtx.formats.grouped_linear  # noqa: F401  (registers the op)
+from aqtx.program.annotations import check, known
 from aqtx.program.names import expert_key
 from aqtx.program.roles import category_of, layer_of
 from aqtx.program.weights import WeightStore
@@ -19,7 +20,8 @@ GROUPED_LINEAR = torch.ops.aqtx.grouped_linear.default  # a stacked projection o
 class Site:
     """One weight matrix [N, K] that may be quantized, and the node that uses it.
 
-    Annotations are JSON values kept in `node.meta["custom"]["aqtx"]`, a list over experts each.
+    Annotations are JSON values kept in `node.meta["custom"]["aqtx"]`, a list over experts each; their names, types and
+    meanings stand in `aqtx.program.annotations`.
     """
 
     name: str
@@ -36,16 +38,23 @@ class Site:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def is_to_round(self) -> bool:
+        """Whether the plan gives it a packed format."""
+        return self.get("format") not in (None, "bf16")
+
     def get(self, key: str, default: Any = None) -> Any:
-        """An annotation of this site."""
+        """An annotation of this site; KeyError where none has this name."""
+        known(key)
         values = self.node.meta.get("custom", {}).get("aqtx", {}).get(key)
         value = None if values is None else values[self.expert or 0]
         return default if value is None else value
 
     def set(self, key: str, value: Any) -> None:
-        """Annotate this site."""
-        annotations = self.node.meta.setdefault("custom", {}).setdefault("aqtx", {})
-        annotations.setdefault(key, [None] * self.slots)[self.expert or 0] = value
+        """Annotate this site; KeyError where no annotation has this name, TypeError where its values are others."""
+        check(key, value)
+        told = self.node.meta.setdefault("custom", {}).setdefault("aqtx", {})
+        told.setdefault(key, [None] * self.slots)[self.expert or 0] = value
 
 
 def weight_node(node: fx.Node) -> fx.Node | None:
