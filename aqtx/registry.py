@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from aqtx.program.program import Program
 from aqtx.program.site import Site
 
 Item = TypeVar("Item")
+Stage = Literal["annotate", "plan", "rotate", "round", "emit", "train", "other"]
 _CPU = torch.device("cpu")
 
 
@@ -67,10 +68,13 @@ class Pass:
 
     A pass answers three questions in order: which sites it finds, why it refuses one, and what
     it does to the rest. Set `exact` where the pass claims to keep the function: the pipeline
-    then compares outputs on a probe batch at every run.
+    then compares outputs on a probe batch at every run. `stage` says what kind of work it is, and
+    `annotates` which annotations of sites (`aqtx.program.annotations`) it makes.
     """
 
     name: ClassVar[str]
+    stage: ClassVar[Stage] = "other"
+    annotates: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
 
@@ -109,6 +113,13 @@ class Pass:
 
 
 PASSES: dict[str, type[Pass]] = {}
+
+
+def annotator(annotation: str) -> type[Pass] | None:
+    """The first of the passes, by name, that makes an annotation; None where no loaded pass does."""
+    return next((cls for _, cls in sorted(PASSES.items()) if annotation in cls.annotates), None)
+
+
 PassType = TypeVar("PassType", bound=type[Pass])
 
 

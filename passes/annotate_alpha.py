@@ -29,6 +29,9 @@ class AnnotateAlpha(Pass):
         sites: category names or patterns of the matrices to look at.
     """
 
+    stage = "annotate"
+    annotates = ("alpha", "alpha_info")
+
     spectra: Literal["farms", "full"] = "farms"
     k_fraction: float = 0.1
     threshold: Literal["k_fraction", "xmin_mid", "xmin_peak", "ks"] = "k_fraction"

@@ -19,6 +19,8 @@ class AnnotateError(ByFormat):
     site -> site{error: {mxfp4: 0.0132, ...}, energy: ||W||^2}
     """
 
+    annotates = ("error", "energy")
+
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Measure; the mean QSNR of each format goes into the details."""
         measure(program, context.progress(self.wanted(sites), description="annotate_error"))

@@ -22,6 +22,8 @@ class AnnotateFisher(ByFormatOnText):
         detail: `direction` along each format's rounding error; of the diagonal alone `element`, or its mean `matrix`.
     """
 
+    annotates = tuple(KEYS.values())
+
     num_sequences: int = 64
     detail: Detail = "direction"
 

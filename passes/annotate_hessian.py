@@ -20,6 +20,8 @@ class AnnotateHessian(ByFormat):
     site -> site{hessian: {mxfp4: 0.52, ...}, frequency: 0.25, gate_weight: 0.06}
     """
 
+    annotates = ("hessian", "frequency", "gate_weight")
+
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Measure; the values go into the details by site."""
         measure_inputs(program, self.wanted(sites), context)

@@ -23,6 +23,8 @@ class AnnotateTrial(ByFormatOnText):
         measure: `block` relative squared change of the block's output, `loss` divergence of logits in nats a token.
     """
 
+    annotates = tuple(KEYS.values())
+
     measure: Literal["block", "loss"] = "block"
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:

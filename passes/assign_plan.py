@@ -29,6 +29,8 @@ class AssignPlan(Settings, Pass):
     Fields: those of `aqtx.planning.settings.Settings`.
     """
 
+    stage = "plan"
+
     def validate(self) -> list[str]:
         """Problems of the fields."""
         return self.problems()

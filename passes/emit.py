@@ -18,9 +18,11 @@ class Emit(Pass):
     The graph does not change; the subclass decides how it is computed with.
     """
 
+    stage = "emit"
+
     def find(self, program: Program) -> list[Site]:
         """Sites that the plan gives a packed format."""
-        return [site for site in program.sites() if site.get("format") not in (None, "bf16")]
+        return [site for site in program.sites() if site.is_to_round]
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Switch the program to packed parameters; refuses while a planned site has no codes."""

@@ -31,10 +31,19 @@ class FinetuneRouter(Pass):
 
     Fields:
         cross_entropy, logits, router: weights of the three losses (see `aqtx.finetune.losses`).
+        learning_rate: step size of AdamW at its peak; it falls to zero along a cosine.
+        weight_decay: AdamW's decay of the routers' weights, per step and unit of learning rate.
+        epochs: times that the training sequences are passed over; may be a fraction.
+        batch_size: sequences of one step.
+        warmup_fraction: share of the steps in which the learning rate rises from zero.
+        clip_norm: the largest norm of a step's gradients, all routers together.
         validation_fraction: share of the sequences that is held out.
+        checks: times that the held-out sequences are looked at on the way.
+        patience: checks without a better loss after which training stops.
         compile: `auto` compiles for 100,000 tokens of training and more, where it pays for itself.
     """
 
+    stage = "train"
     requires = ("unfreeze_router",)
 
     cross_entropy: float = 0.0

@@ -30,6 +30,7 @@ class FoldNorms(Pass):
         untie: give a head that shares the embedding's weights its own, where the last norm folds into it.
     """
 
+    stage = "rotate"
     exact = True
 
     untie: bool = True

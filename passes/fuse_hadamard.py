@@ -25,6 +25,7 @@ class FuseHadamard(Pass):
     A head's values (R2):  v -> attention -> hadamard -> o        becomes        Q^T v -> attention -> o
     """
 
+    stage = "rotate"
     exact = True
 
     def find(self, program: Program) -> list[Site]:

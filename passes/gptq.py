@@ -27,7 +27,22 @@ class Gptq(Pass):
 
     Blocks run in order; each sees the rounded blocks before it, and within a block attention comes
     before the feed-forward's gate and up, and those before down.
+
+    Fields:
+        damp_fraction: what is added to the diagonal of H, as a share of its mean; 0 trusts H as it is.
+        order: `activation` rounds the columns with the strongest inputs first, `none` from left to right.
+        block_size: columns that are rounded one at a time before their errors go on to all others; for speed.
+        prior: what H is drawn to where a matrix saw few tokens: `pooled`, the stack's own mean, or `isotropic`, all
+            channels alike; `none` leaves H alone.
+        weighting: weigh an expert's tokens by its gate's `score` or `squared_score`, or count each once: `none`.
+        inputs: H from what `rounded` blocks before it put out, or from the `original` model.
+        max_memory: bytes for moments, activations and the solver; null takes half of what is free. Results do not
+            depend on it.
+        stream: where activations wait between blocks: `memory`, `disk`, or `auto`, on disk where they are large.
+        tokens_per_batch: tokens that a block computes at a time.
     """
+
+    stage = "round"
 
     requires = ("assign_plan",)
 
@@ -54,7 +69,7 @@ class Gptq(Pass):
 
     def find(self, program: Program) -> list[Site]:
         """Sites that the plan gives a packed format."""
-        return [site for site in program.sites() if site.get("format") not in (None, "bf16")]
+        return [site for site in program.sites() if site.is_to_round]
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Walk the blocks once; a block's codes are complete before the next one is touched."""

@@ -33,6 +33,7 @@ class InsertHadamard(Pass):
         untie: give a head that shares the embedding's weights its own, where it is rotated.
     """
 
+    stage = "rotate"
     exact = True
 
     before: tuple[str, ...] = ("mlp_down",)

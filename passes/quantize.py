@@ -15,11 +15,12 @@ from aqtx.rotation.select import check_planned
 class Quantize(Pass):
     """Round to nearest, in the format of the plan; needs no data."""
 
+    stage = "round"
     requires = ("assign_plan",)
 
     def find(self, program: Program) -> list[Site]:
         """Sites that the plan gives a packed format."""
-        return [site for site in program.sites() if site.get("format") not in (None, "bf16")]
+        return [site for site in program.sites() if site.is_to_round]
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """One matrix at a time, so that memory holds one and the codes; a changed weight is rounded from float32."""

@@ -18,6 +18,8 @@ class UnfreezeRouter(Pass):
         shared_expert_gate: also train the gate of a shared expert (Qwen2-MoE).
     """
 
+    stage = "train"
+
     shared_expert_gate: bool = False
 
     def find(self, program: Program) -> list[Site]:

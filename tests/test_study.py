@@ -20,7 +20,7 @@ from aqtx.registry import Context
 from aqtx.report.write import write_report
 from aqtx.runs.recipe import Recipe, parse_recipe
 from aqtx.runs.schema import parse_fields
-from aqtx.study.run import Study
+from aqtx.study.run import Study, study_recipe
 from aqtx.study.verdict import Point, study_json
 from aqtx.text.tokens import Document
 
@@ -138,3 +138,12 @@ def test_mistakes_in_the_section_are_told_at_once() -> None:
     made, problems = parse_fields(StudySpec, {"method": ["alpha"]}, "study")
     assert made is None and "did you mean 'methods'" in problems[0]
     assert set(ARMS) >= {"alpha", "alpha_reversed", "random", "uniform", "calibrated"}
+
+
+def test_a_study_is_held_against_its_model_as_a_run_is(tmp_path: Path) -> None:
+    source, output = write_checkpoint(tmp_path / "model"), tmp_path / "out"
+    passes = ["annotate_alpha", {"assign_plan": {"average_bits": 4.5, "keep": ["*.nowhere"]}}]
+    asked = {"version": 1, "model": {"source": str(source)}, "output": str(output), "passes": passes}
+    with pytest.raises(InputError, match=r"passes.1.assign_plan: keep: '\*.nowhere' matches no site"):
+        study_recipe(parse_recipe(asked), SPEC, quiet=True)
+    assert not output.with_name("out.study").exists()

@@ -1,8 +1,8 @@
 """The fields of `assign_plan`, and what can be said against them without a model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 from aqtx.formats.table import Format, parse
 from aqtx.numerics.hadamard import is_order
@@ -151,6 +151,10 @@ class Settings:
         """Gamma with its default, negative where high alphas earn bits."""
         gamma = self.gamma if self.gamma is not None else _DEFAULT_GAMMA.get(self.method, 0.0)
         return gamma if self.direction == "low_alpha_high_bits" else -gamma
+
+    def without_text(self) -> Self:
+        """The same by a method that looks at no text: to it all Gaussian matrices are alike, as to the error."""
+        return replace(self, method="error") if self.method in NEED_TEXT else self
 
     def problems(self) -> list[str]:
         """What is wrong, in sentences."""

@@ -23,7 +23,7 @@ from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
 from aqtx.program.codes import CODES
 from aqtx.program.program import Program
-from aqtx.registry import Context, Pass, Refusal
+from aqtx.registry import PASSES, Context, Pass, Refusal
 from aqtx.runs.directory import RunDirectory
 from aqtx.runs.fingerprint import code_hash, first_difference, ids_hash, source_hashes, text_hashes, versions
 from aqtx.runs.pipeline import Run
@@ -35,7 +35,6 @@ from aqtx.text import self_sampling
 from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer, start_of
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_DECIDING = ("assign_plan", "quantize", "gptq")  # passes whose refusal leaves a weight as it is
 _MAX_WINDOW = 2048  # tokens given to the model at a time when scoring, unless its context is shorter
 
 
@@ -169,8 +168,8 @@ class _Runner:
             self.ranks.barrier()
 
         Run(self.program, self.context, first_place=done).execute(self.recipe.passes[done:], after_pass)
-        rounding = [row for row in self.rows if row["name"] in _DECIDING]
-        return [Refusal(**refusal) for row in rounding for refusal in row["refused"]]
+        deciding = [row for row in self.rows if PASSES[row["name"]].stage in ("plan", "round")]
+        return [Refusal(**refusal) for row in deciding for refusal in row["refused"]]  # each leaves a weight as it is
 
     def _documents(self) -> list[Document] | None:
         spec = self.recipe.evaluate

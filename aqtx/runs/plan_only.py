@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +10,7 @@ import torch
 from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
 from aqtx.machine.files import make_folder
-from aqtx.passes.assign_plan import AssignPlan
-from aqtx.planning.settings import NEED_TEXT
+from aqtx.planning.settings import Settings
 from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
 from aqtx.program.roles import CATEGORIES
@@ -20,7 +19,6 @@ from aqtx.runs.apply import program_of, recipe_context, write_tables
 from aqtx.runs.pipeline import Run
 from aqtx.runs.recipe import Recipe
 
-_PLANNING = ("annotate_alpha", "annotate_error", "annotate_hessian", "annotate_fisher", "annotate_trial", "assign_plan")
 _GAUSSIAN_ROWS = 128
 
 
@@ -40,12 +38,13 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
     that the plan's bytes and bits can be told for a model whose weights are elsewhere.
     """
     program = program_of(recipe, config_only=config_only)
-    passes: Sequence[Pass] = [step for step in recipe.passes if step.name in _PLANNING]
-    if not any(isinstance(step, AssignPlan) for step in passes):
+    passes: list[Pass] = [step for step in recipe.passes if step.stage in ("annotate", "plan")]
+    if not any(step.stage == "plan" for step in passes):
         raise InputError("passes: there is no `assign_plan`, so there is nothing to plan")
     if config_only:
-        passes = [_without_text(step) for step in passes if isinstance(step, AssignPlan)]
-        assume_gaussian(program, [fmt for step in passes if isinstance(step, AssignPlan) for fmt in step.formats])
+        deciding = [step for step in passes if step.stage == "plan"]
+        passes = [step.without_text() if isinstance(step, Settings) else step for step in deciding]
+        assume_gaussian(program, [fmt for step in passes if isinstance(step, Settings) for fmt in step.formats])
     Run(program, recipe_context(recipe, program, quiet=quiet)).execute(passes)
     assert program.plan is not None
     output = Path(recipe.output or "out/plan")
@@ -54,11 +53,6 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
     (directory / "plan.json").write_text(json.dumps(program.plan.to_json(), indent=1) + "\n")
     write_tables(program, recipe.passes, directory)
     return Planned(program, program.plan, directory)
-
-
-def _without_text(step: AssignPlan) -> AssignPlan:
-    """A method that looks at calibration text finds all Gaussian matrices alike, as the error does."""
-    return replace(step, method="error") if step.method in NEED_TEXT else step
 
 
 def assume_gaussian(program: Program, formats: Sequence[Format]) -> None:

@@ -21,6 +21,8 @@ class ByFormat(Pass):
         sites: category names or patterns of the matrices to look at.
     """
 
+    stage = "annotate"
+
     formats: tuple[str, ...] = ("mxfp4", "mxfp6", "mxfp8")
     sites: tuple[str, ...] = ("*",)
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.passes.annotate_alpha import AnnotateAlpha
-from aqtx.passes.assign_plan import AssignPlan
 from aqtx.planning.arms import Arm, StudySpec
 from aqtx.planning.decide import decide
+from aqtx.planning.settings import Settings
 from aqtx.program.accounting import kept_bytes
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
-from aqtx.registry import Context
+from aqtx.registry import Context, Pass, annotator
 from aqtx.runs.apply import program_of, recipe_context
 from aqtx.runs.fingerprint import source_hashes
+from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import EvaluateSpec, Recipe
 from aqtx.runs.schema import plain
 from aqtx.sensitivity.rounded_model import RoundedModel
@@ -123,25 +123,32 @@ class Study:
         return scores
 
 
-def _settings(recipe: Recipe) -> AssignPlan:
+def _settings(recipe: Recipe) -> Settings:
     """The recipe's `assign_plan`, whose fields all arms share."""
-    found = [step for step in recipe.passes if isinstance(step, AssignPlan)]
+    found = [step for step in recipe.passes if isinstance(step, Settings)]
     if not found:
         raise InputError("passes: there is no `assign_plan`, so a study has no candidates and nothing to keep")
     return found[0]
 
 
+def _problems(recipe: Recipe, spec: StudySpec, program: Program) -> list[str]:
+    """What does not fit the model, told before an hour of work: by the recipe's own passes and by each budget."""
+    passes = [step for step in recipe.passes if step.stage in ("annotate", "plan")]
+    return misfits(program, passes)
+
+
 def study_recipe(recipe: Recipe, spec: StudySpec, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
     """Run a study; returns the content of study.json and the folder, `<output>.study`."""
     program = program_of(recipe)
+    if program.folder is None:
+        raise InputError("the model has no folder, so there is no tokenizer to read text with")
+    if problems := _problems(recipe, spec, program):
+        raise InputError(*problems)
     directory = Path(recipe.output or "out/study")
     directory = directory.with_name(directory.name + ".study")
     directory.mkdir(parents=True, exist_ok=True)
     context = recipe_context(recipe, program, quiet=quiet)
-    for step in _annotations(recipe.passes):
-        step.run(program, context)
-    if program.folder is None:
-        raise InputError("the model has no folder, so there is no tokenizer to read text with")
+    Run(program, context).execute(_annotations(recipe.passes))
     evaluate = recipe.evaluate or EvaluateSpec(perplexity="builtin")
     documents = evaluation(
         evaluate.perplexity or "builtin",
@@ -153,7 +160,8 @@ def study_recipe(recipe: Recipe, spec: StudySpec, *, quiet: bool = False) -> tup
     return study.run(), directory
 
 
-def _annotations(passes: Sequence[Any]) -> list[Any]:
+def _annotations(passes: Sequence[Pass]) -> list[Pass]:
     """The recipe's annotating passes; alphas are always needed."""
-    own = [step for step in passes if step.name.startswith("annotate_")]
-    return own if any(isinstance(step, AnnotateAlpha) for step in own) else [AnnotateAlpha(), *own]
+    own = [step for step in passes if step.stage == "annotate"]
+    missing = annotator("alpha") if not any("alpha" in step.annotates for step in own) else None
+    return own if missing is None else [missing(), *own]
