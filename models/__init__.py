@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "mixtral": ("mixtral", "Mixtral"),
     "qwen2_moe": ("qwen2_moe", "Qwen2Moe"),
     "deepseek": ("deepseek", "Deepseek"),
+    "deepseek_v2": ("deepseek_v3", "DeepseekV3"),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3"),
+    "glm4_moe": ("glm4_moe", "Glm4Moe"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3Moe"),
     "llama": ("llama", "Llama"),
     "mistral": ("llama", "Llama"),
     "qwen2": ("llama", "Llama"),
@@ -40,6 +45,16 @@ def build(config: Mapping[str, Any]) -> "CausalLM":
     module, name = MODEL_TYPES[config["model_type"]]
     model: CausalLM = getattr(importlib.import_module(f"aqtx.models.{module}"), name).from_dict(config)
     return model
+
+
+def left_out(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to what its architecture here does without.
+
+    DeepSeek-V3 and GLM-4.5 keep layers that predict several tokens at once behind the last one.
+    """
+    found = re.match(r"model\.layers\.(\d+)\.", key)
+    behind = found is not None and int(found[1]) >= int(config.get("num_hidden_layers") or 0)
+    return behind and config.get("model_type") in ("deepseek_v3", "glm4_moe")
 
 
 def load_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Cache = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, G, C, D]
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of places: rotations [B or 1, 1, S, D] and masks, None = causal."""
+    """What attention needs to know of places: rotations [B or 1, 1, S, R] and masks, None = causal."""
 
     cos: Tensor
     sin: Tensor
@@ -44,6 +44,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_size if per_head else queries, config.norm_eps)
             self.k_norm = RMSNorm(config.head_size if per_head else keys, config.norm_eps)
 
+    @property
+    def cache_heads(self) -> list[tuple[int, int]]:
+        """(G, D) of the tensors [B, G, C, D] that this layer keeps: keys and values."""
+        return [(self.config.num_kv_heads, self.config.head_size)] * 2
+
     def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
         """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -60,13 +65,16 @@ class Attention(nn.Module):
         if cache is not None and at.slots is not None:
             k, v = cache[0].index_copy_(2, at.slots, k), cache[1].index_copy_(2, at.slots, v)
         mask = at.window_mask if self.windowed else at.mask
-        gqa = self.config.num_kv_heads != self.config.num_heads
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
+        gqa, scale = self.config.num_kv_heads != self.config.num_heads, self.config.softmax_scale
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa, scale=scale)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
 
 def rotate_half(x: Tensor, at: Positions) -> Tensor:
-    """Rotary embedding in the two-halves layout of the Llama family: x [B, heads, S, D]."""
+    """Rotary embedding in the two-halves layout of the Llama family: x [B, heads, S, D], of which the first R turn."""
+    size = at.cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate_half(x[..., :size], at), x[..., size:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * at.cos + torch.cat((-second, first), dim=-1) * at.sin

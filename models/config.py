@@ -42,6 +42,15 @@ class Fields:
         if value is not None and value != supported:
             self.problems.append(f"config.json: {key} {value!r} is not supported, only {supported!r}")
 
+    def partial_rotary_factor(self, default: float) -> float:
+        """The share of a head's dimensions that positions rotate, in either spelling of the config."""
+        rope = self.config.get("rope_parameters") or {}
+        value = rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor", default))
+        if not isinstance(value, (int, float)) or not 0 < value <= 1:
+            self.problems.append(f"config.json: partial_rotary_factor must lie between 0 and 1, not {value!r}")
+            return default
+        return float(value)
+
     def rope(self, default_theta: float = 10000.0) -> Rope:
         """The rotary variant; unknown ones are refused by name."""
         kind = Rope.kind_of(self.config)
@@ -70,6 +79,8 @@ class DecoderConfig:
     norm_eps: float
     rope: Rope
     tie_word_embeddings: bool
+    rotary_size: int  # dimensions of a head that positions rotate, the first ones
+    softmax_scale: float | None = None  # of attention scores; None is head_size^-1/2
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: str | None = None  # "row": over all heads together, "head": each head by itself
@@ -79,18 +90,24 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, fields: Fields, *, default_theta: float = 10000.0, tied: bool = False, **own: Any) -> "DecoderConfig":
-        """The shared fields; `own` are what the architecture decides for itself."""
+        """The shared fields; `own` are what the architecture decides for itself.
+
+        An architecture that can rotate a part of a head only says so with `rotary_size`; others refuse the key.
+        """
+        if "rotary_size" not in own:
+            fields.only("partial_rotary_factor", 1.0)
         fields.only("hidden_act", "silu")
-        fields.only("partial_rotary_factor", 1.0)
         heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
         layers = fields.integer("num_hidden_layers")
+        head_size = own.get("head_size") or fields.integer("head_dim", max(1, hidden // heads))
         shared: dict[str, Any] = {
             "vocab_size": fields.integer("vocab_size"),
             "hidden_size": hidden,
             "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": fields.integer("num_key_value_heads", heads),
-            "head_size": fields.integer("head_dim", max(1, hidden // heads)),
+            "head_size": head_size,
+            "rotary_size": head_size,
             "norm_eps": fields.number("rms_norm_eps", 1e-6),
             "rope": fields.rope(default_theta),
             "tie_word_embeddings": fields.flag("tie_word_embeddings", tied),

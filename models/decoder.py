@@ -8,7 +8,7 @@ graph serves prefill and decoding. Legend of shapes: see `layers.py`.
 import torch
 from torch import Tensor, nn
 
-from aqtx.models.attention import Attention, Cache, Positions
+from aqtx.models.attention import Cache, Positions
 from aqtx.models.config import DecoderConfig
 from aqtx.models.layers import RMSNorm
 from aqtx.models.rotary import Rotary
@@ -17,10 +17,10 @@ from aqtx.models.rotary import Rotary
 class Block(nn.Module):
     """Pre-norm attention and feed-forward: a pure function of its inputs and weights."""
 
-    def __init__(self, config: DecoderConfig, layer: int, mlp: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = mlp
 
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary = Rotary(config.rope, config.head_size)
+        self.rotary = Rotary(config.rope, config.rotary_size)
 
 
 class CausalLM(nn.Module):
@@ -62,7 +62,7 @@ class CausalLM(nn.Module):
             ids: [B, S].
             pos: [S] cache slots of these tokens, the same for all sequences.
             start: [B] first slot that holds a token; the slots before it are left padding.
-            kv: keys and values of each layer in turn, [B, G, C, D], written in place.
+            kv: two tensors of each layer in turn, [B, G, C, D], written in place: keys and values, or their latents.
         """
         x = self.model.embed_tokens(ids)
         if pos is None or start is None or kv is None:
@@ -76,9 +76,9 @@ class CausalLM(nn.Module):
 
     def make_cache(self, batch: int, slots: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
         """An empty cache for `batch` sequences of up to `slots` tokens, padding included."""
-        config, weight = self.decoder_config, self.lm_head.weight
-        shape = (batch, config.num_kv_heads, slots, config.head_size)
-        return [weight.new_zeros(shape, dtype=dtype or weight.dtype) for _ in range(2 * config.num_layers)]
+        weight, blocks = self.lm_head.weight, self.model.layers.children()
+        heads: list[tuple[int, int]] = [pair for block in blocks for pair in block.self_attn.cache_heads]  # type: ignore[union-attr]
+        return [weight.new_zeros(batch, count, slots, size, dtype=dtype or weight.dtype) for count, size in heads]
 
     @property
     def _window(self) -> int | None:

@@ -1,7 +1,7 @@
 """Parts that the decoders of this folder share. Pure torch, exportable, no word of quantization.
 
 Legend of shapes: B sequences, S positions, T = B * S tokens, C cache slots, H hidden size,
-Q query heads, G key-value heads, D head size, I intermediate size, E experts, k experts a token.
+Q query heads, G key-value heads, D head size, R of it rotated, I intermediate size, E experts, k experts a token.
 """
 
 import torch

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aqtx.models.attention import Attention
 from aqtx.models.config import DecoderConfig, Fields, sliding_windows
 from aqtx.models.decoder import Block, CausalLM
 from aqtx.models.layers import SwiGLU
@@ -98,7 +99,7 @@ class Llama(CausalLM):
         super().__init__(
             config.decoder,
             [
-                Block(config.decoder, i, SwiGLU(hidden, size, bias=config.mlp_bias))
+                Block(config.decoder, Attention(config.decoder, i), SwiGLU(hidden, size, bias=config.mlp_bias))
                 for i in range(config.decoder.num_layers)
             ],
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from aqtx.models.attention import Attention
 from aqtx.models.config import DecoderConfig, Fields
 from aqtx.models.decoder import Block, CausalLM
 from aqtx.models.layers import Experts, route
@@ -67,7 +68,8 @@ class Olmoe(CausalLM):
 
     def __init__(self, config: OlmoeConfig) -> None:
         blocks: list[nn.Module] = [
-            Block(config.decoder, layer, SparseMoe(config)) for layer in range(config.decoder.num_layers)
+            Block(config.decoder, Attention(config.decoder, layer), SparseMoe(config))
+            for layer in range(config.decoder.num_layers)
         ]
         super().__init__(config.decoder, blocks)
         self.config = config

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aqtx.models.attention import Attention
 from aqtx.models.config import DecoderConfig, Fields, sliding_windows
 from aqtx.models.decoder import Block, CausalLM
 from aqtx.models.layers import Experts, SwiGLU, route
@@ -90,9 +91,10 @@ class Qwen2Moe(CausalLM):
 
     @staticmethod
     def _block(config: Qwen2MoeConfig, layer: int) -> nn.Module:
-        dense = layer not in config.sparse_layers
-        hidden = config.decoder.hidden_size
-        return Block(config.decoder, layer, SwiGLU(hidden, config.intermediate_size) if dense else SparseMoe(config))
+        attention, hidden = Attention(config.decoder, layer), config.decoder.hidden_size
+        if layer in config.sparse_layers:
+            return Block(config.decoder, attention, SparseMoe(config))
+        return Block(config.decoder, attention, SwiGLU(hidden, config.intermediate_size))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Qwen2Moe":

@@ -36,6 +36,17 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
+ROUTED = {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+LATENT = ROUTED | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+GLM_MOE = ROUTED | {"head_dim": 16, "n_group": 1, "topk_group": 1}
+
 # name -> (model_type, settings beside SMALL)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", MOE),
@@ -49,6 +60,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe-window": (
         "qwen2_moe",
         QWEN_MOE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen3-moe": ("qwen3_moe", QWEN_MOE | {"head_dim": 24}),
+    "qwen3-moe-dense-layers": (
+        "qwen3_moe",
+        QWEN_MOE
+        | {"mlp_only_layers": [0], "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "qwen3-moe-window": (
+        "qwen3_moe",
+        QWEN_MOE | {"use_sliding_window": True, "sliding_window": 5, "decoder_sparse_step": 2},
+    ),
+    "deepseek-v2": ("deepseek_v2", LATENT | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}),
+    "deepseek-v2-groups": (
+        "deepseek_v2",
+        LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek-v2-yarn": ("deepseek_v2", LATENT | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}),
+    "deepseek-v3": ("deepseek_v3", LATENT | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}),
+    "deepseek-v3-plain": (
+        "deepseek_v3",
+        LATENT
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False}
+        | {"attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "deepseek-v3-yarn": (
+        "deepseek_v3",
+        LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "glm4-moe": ("glm4_moe", GLM_MOE | {"use_qk_norm": True, "first_k_dense_replace": 1}),
+    "glm4-moe-groups": (
+        "glm4_moe",
+        GLM_MOE
+        | {"n_group": 2, "topk_group": 1, "attention_bias": True, "norm_topk_prob": False, "first_k_dense_replace": 0}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
     ),
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -94,6 +139,9 @@ def randomize(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name and parameter.dim() == 1 else 0.1 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
 def ours(folder: Path) -> CausalLM:

@@ -16,8 +16,8 @@ from torch import fx, nn
 from aqtx.models import build
 from aqtx.program.trace import export_entry
 
-TRACED = ("olmoe", "mixtral", "qwen2-moe", "qwen3", "mistral-window", "llama-dynamic")
-# Published config.json of the four families, and gigabytes of bf16 weights.
+TRACED = ("olmoe", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3", "glm4-moe", "mistral-window", "llama-dynamic")
+# Published config.json of families, and gigabytes of bf16 weights.
 TRUE_SIZES: dict[str, tuple[dict[str, Any], float]] = {
     "OLMoE-1B-7B": (
         {
@@ -46,6 +46,48 @@ TRUE_SIZES: dict[str, tuple[dict[str, Any], float]] = {
             "num_experts_per_tok": 2,
         },
         93.4,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe",
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+        },
+        61.1,
+    ),
+    "DeepSeek-V3": (
+        {
+            "model_type": "deepseek_v3",
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "routed_scaling_factor": 2.5,
+        },
+        1342.1,
     ),
 }
 
@@ -83,7 +125,7 @@ def test_score_graph_is_canonical_and_equal_for_any_batch_and_length(name: str) 
     counts = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
     modules = Counter(type(module).__name__ for module in model.modules())
     stacks = sum(parameter.dim() == 3 for parameter in model.parameters())
-    assert counts["aten.linear.default"] == modules["Linear"]
+    assert counts["aten.linear.default"] == modules["Linear"] + modules["TopKRouter"]
     assert counts["aten.rms_norm.default"] == modules["RMSNorm"]
     assert counts["aqtx.grouped_linear.default"] == stacks
     with torch.no_grad():
@@ -127,9 +169,11 @@ print(json.dumps({"peak_bytes": peak_bytes(), "elements": sum(p.numel() for p in
 """
 
 
-@pytest.mark.parametrize("name", ["OLMoE-1B-7B", pytest.param("Mixtral-8x7B", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["OLMoE-1B-7B", *(pytest.param(name, marks=pytest.mark.slow) for name in list(TRUE_SIZES)[1:])]
+)
 def test_true_sizes_trace_without_their_weights(name: str) -> None:
-    """The whole process, PyTorch included, stays under 1 GB while 14 or 93 GB of weights are on meta."""
+    """The whole process, PyTorch included, stays under 1 GB while 14 to 1342 GB of weights are on meta."""
     config, gigabytes = TRUE_SIZES[name]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(config)], capture_output=True, text=True, check=True

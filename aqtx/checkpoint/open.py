@@ -1,5 +1,6 @@
 """From a place or a module to a `Program`: a folder, a shipped or hub name, a model in memory."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.checkpoint.source import CheckpointSource
 from aqtx.errors import InputError
-from aqtx.models import build, load_config, supported
+from aqtx.models import build, left_out, load_config, supported
 from aqtx.program.edits import edit_from_json
 from aqtx.program.program import Program
 from aqtx.program.trace import build_program, copy_on_meta
@@ -66,7 +67,10 @@ def open_program(source: str | Path, dtype: torch.dtype | None, *, config_only: 
         program = build_program(lambda: build(config), weights, config=config, dtype=dtype, folder=folder)
         tied = program.weights.tied
         stored = {name: spec.shape for name, spec in program.weights.specs.items() if name not in tied}
-        reader.check(stored, quantized=weights.formats, tied=tied)
+        spare = [key for key in reader.entries if left_out(config, key)]
+        if spare:
+            warnings.warn(f"{folder}: {len(spare)} tensors are left out, first {spare[0]}", stacklevel=2)
+        reader.check(stored, quantized=weights.formats, tied=tied, left_out=spare)
     else:
         program = trace_foreign(config, foreign_source(reader, config, dtype, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}

@@ -7,7 +7,7 @@ known before any tensor is touched. Pickled `.bin` files are refused: they can r
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -87,18 +87,26 @@ class CheckpointReader:
             raise InputError(f"{self.folder}: no tensor is of a floating-point dtype, found {', '.join(sizes)}")
         return _FLOATS[floats[0]]
 
-    def check(self, shapes: Mapping[str, Shape], *, quantized: Iterable[str] = (), tied: Iterable[str] = ()) -> None:
+    def check(
+        self,
+        shapes: Mapping[str, Shape],
+        *,
+        quantized: Iterable[str] = (),
+        tied: Iterable[str] = (),
+        left_out: Collection[str] = (),
+    ) -> None:
         """Compare with a model's parameters and raise all differences at once.
 
         Args:
             shapes: parameter name -> shape, stacked experts as one parameter.
             quantized: keys, less `.weight`, that are stored as codes and scales.
             tied: parameters that share another one's storage; they may be on disk or not.
+            left_out: keys of tensors that the model does without.
         """
         table, coded = NamesTable(shapes), {f"{site}.weight" for site in quantized}
         plain = [key for key in table.from_disk if key not in coded]
         wanted = set(plain) | {f"{key}.qdata" for key in coded}
-        spare = {f"{key}.{part}" for key in coded for part in PARTS} | set(tied)
+        spare = {f"{key}.{part}" for key in coded for part in PARTS} | {*tied, *left_out}
         missing = sorted(wanted - self.entries.keys())
         extra = sorted(key for key in self.entries.keys() - wanted - spare if not _ignorable(key))
         wrong = [

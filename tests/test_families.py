@@ -1,0 +1,136 @@
+"""Every own family through the whole of aqtx: traced, quantized, saved, reloaded, generated with a cache, exported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_cases import CASES, oracle, token_ids
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import aqtx
+from aqtx.checkpoint.export import export_dequantized
+from aqtx.passes.assign_plan import AssignPlan
+from aqtx.passes.emit import Emit
+from aqtx.passes.fold_norms import FoldNorms
+from aqtx.passes.fuse_hadamard import FuseHadamard
+from aqtx.passes.gptq import Gptq
+from aqtx.passes.insert_hadamard import InsertHadamard
+from aqtx.passes.quantize import Quantize
+from aqtx.program.generate import Generator
+from aqtx.registry import Pass
+from aqtx.runs.pipeline import run
+
+# One case a family, with what sets it apart.
+FAMILIES = ("olmoe", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "glm4-moe", "llama", "qwen3")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 checkpoint that transformers saved."""
+    folder = tmp_path_factory.mktemp(request.param)
+    oracle(request.param).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def rounded(source: Path, dtype: torch.dtype | None, *steps: Pass) -> aqtx.Program:
+    plan = AssignPlan(method="uniform", candidates=("int4_g32", "mxfp8"), average_bits=6.0, keep=("router", "lm_head"))
+    return run(aqtx.trace(source, dtype), [plan, *steps, Emit()])
+
+
+def test_a_family_is_read_as_transformers_reads_it(source: Path) -> None:
+    """bf16 weights computed in float32: both see the same values."""
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = token_ids(2, 11)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    found = aqtx.trace(source, torch.float32).module()(ids)
+    assert (found - expected).abs().max() <= 2e-6 * max(1.0, float(expected.abs().max()))
+
+
+def test_rounded_saved_and_reloaded_bit_for_bit(source: Path, tmp_path: Path) -> None:
+    program, ids = rounded(source, None, Quantize()), token_ids(2, 9)
+    expected = program.module()(ids)
+    assert program.codes
+    assert not [site for site in program.codes if site.endswith((".gate", "lm_head"))]
+    aqtx.save(program, tmp_path / "saved")
+    assert torch.equal(aqtx.load(tmp_path / "saved").module()(ids), expected)
+
+
+def test_generated_with_a_cache_as_by_scoring_again(source: Path) -> None:
+    program = rounded(source, torch.float32, Quantize())
+    prompts = [token_ids(1, 5)[0].tolist(), token_ids(1, 8, seed=1)[0].tolist()]
+    score = program.module()
+    for prompt, made in zip(prompts, Generator(program).continue_greedily(prompts, max_new_tokens=4), strict=True):
+        for count, token in enumerate(made):
+            logits = score(torch.tensor([prompt + made[:count]]))[0, -1]
+            assert logits[token] >= logits.max() - 1e-5
+
+
+def test_gptq_walks_every_family(source: Path) -> None:
+    text = token_ids(8, 32)
+    program = run(
+        aqtx.trace(source, torch.float32),
+        [AssignPlan(method="uniform", candidates=("int4_g32",), average_bits=5.0, keep=("router", "lm_head")), Gptq()],
+        calibration=text,
+    )
+    planned = [site.name for site in program.sites() if site.get("format") is not None]
+    assert planned
+    assert set(program.codes) == set(planned)
+
+
+def test_exported_for_transformers(source: Path, tmp_path: Path) -> None:
+    aqtx.save(rounded(source, None, Quantize()), tmp_path / "saved")
+    export_dequantized(tmp_path / "saved", tmp_path / "plain", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32, attn_implementation="eager")
+    ids = token_ids(2, 7)
+    with torch.no_grad():
+        expected = theirs.eval()(ids).logits
+    found = aqtx.trace(tmp_path / "plain", torch.float32).module()(ids)
+    assert (found - expected).abs().max() <= 2e-6 * max(1.0, float(expected.abs().max()))
+
+
+ROTATIONS: dict[str, list[Pass]] = {
+    "residual": [FoldNorms(), InsertHadamard(before=("residual",), block=16), FuseHadamard()],
+    "down": [InsertHadamard(before=("mlp_down",), block=8)],
+    "heads": [InsertHadamard(before=("attn_o",), block="head"), FuseHadamard()],
+}
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_are_exact(source: Path, rotation: str) -> None:
+    """Beside the pipeline's own probe in float64: float32 logits move by rounding alone."""
+    program, ids = aqtx.trace(source, torch.float32), token_ids(2, 9)
+    expected = program.module()(ids)
+    run(program, ROTATIONS[rotation])
+    assert program.edits
+    found = program.module()(ids)
+    assert (found - expected).abs().max() <= 4e-6 * max(1.0, float(expected.abs().max()))
+
+
+def test_correction_biases_keep_their_precision(tmp_path: Path) -> None:
+    """They are published in float32 beside bf16 weights; a rounded one would choose other experts."""
+    theirs = oracle("deepseek-v3").to(torch.bfloat16)
+    precise = 1 + torch.arange(8) * 2.0**-20
+    theirs.model.layers[1].mlp.gate.e_score_correction_bias = torch.nn.Buffer(precise)
+    theirs.save_pretrained(tmp_path / "model")
+    program = rounded(tmp_path / "model", None, Quantize())
+    aqtx.save(program, tmp_path / "saved")
+    for folder in ("model", "saved"):
+        found = aqtx.load(tmp_path / folder).weights.get("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert torch.equal(found, precise)
+
+
+def test_layers_that_predict_several_tokens_are_left_out_with_a_word(tmp_path: Path) -> None:
+    theirs = oracle("glm4-moe")
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {f"model.layers.3.{name}": torch.zeros(4) for name in ("eh_proj.weight", "enorm.weight")}
+    save_file(tensors | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"2 tensors are left out, first model\.layers\.3\.eh_proj\.weight"):
+        program = aqtx.trace(tmp_path, torch.float32)
+    assert not [name for name in program.weights.names() if ".layers.3." in name]
+
+
+def test_every_case_of_the_families_is_one_of_them() -> None:
+    assert set(FAMILIES) <= set(CASES)
