@@ -19,6 +19,7 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "deepseek": ("deepseek", "Deepseek"),
     "deepseek_v2": ("deepseek_v3", "DeepseekV3"),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3"),
+    "gemma3_text": ("gemma3", "Gemma3"),
     "glm4_moe": ("glm4_moe", "Glm4Moe"),
     "qwen3_moe": ("qwen3_moe", "Qwen3Moe"),
     "llama": ("llama", "Llama"),

@@ -15,12 +15,15 @@ from aqtx.models.layers import RMSNorm
 Cache = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, G, C, D], written in place
 
 
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [B or 1, 1, S, R]
+
+
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of places: rotations [B or 1, 1, S, R] and masks, None = causal."""
+    """What attention needs to know of places: rotations and masks, None = causal."""
 
-    cos: Tensor
-    sin: Tensor
+    rotation: Rotation  # of layers with full attention
+    window_rotation: Rotation  # of layers with a sliding window: the same, but for two rotary bases
     mask: Tensor | None  # of layers with full attention
     window_mask: Tensor | None  # of layers with a sliding window
     slots: Tensor | None  # [S] cache slots that this call writes
@@ -29,7 +32,7 @@ class Positions:
 class Attention(nn.Module):
     """Causal attention; norms, biases, clipping and window as the config says."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, *, norm: type[RMSNorm] = RMSNorm) -> None:
         super().__init__()
         self.config = config
         self.windowed, self.rotated = config.windows[layer] is not None, config.rotated[layer]
@@ -41,8 +44,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, hidden, bias=config.out_bias)
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
-            self.q_norm = RMSNorm(config.head_size if per_head else queries, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_size if per_head else keys, config.norm_eps)
+            self.q_norm = norm(config.head_size if per_head else queries, config.norm_eps)
+            self.k_norm = norm(config.head_size if per_head else keys, config.norm_eps)
 
     @property
     def cache_heads(self) -> list[tuple[int, int]]:
@@ -61,7 +64,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotated:
-            q, k = rotate_half(q, at), rotate_half(k, at)
+            rotation = at.window_rotation if self.windowed else at.rotation
+            q, k = rotate_half(q, rotation), rotate_half(k, rotation)
         if cache is not None and at.slots is not None:
             k, v = cache[0].index_copy_(2, at.slots, k), cache[1].index_copy_(2, at.slots, v)
         mask = at.window_mask if self.windowed else at.mask
@@ -71,10 +75,11 @@ class Attention(nn.Module):
         return projected
 
 
-def rotate_half(x: Tensor, at: Positions) -> Tensor:
+def rotate_half(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding in the two-halves layout of the Llama family: x [B, heads, S, D], of which the first R turn."""
-    size = at.cos.shape[-1]
+    cos, sin = rotation
+    size = cos.shape[-1]
     if size < x.shape[-1]:
-        return torch.cat((rotate_half(x[..., :size], at), x[..., size:]), dim=-1)
+        return torch.cat((rotate_half(x[..., :size], rotation), x[..., size:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return x * at.cos + torch.cat((-second, first), dim=-1) * at.sin
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -78,6 +78,8 @@ class DecoderConfig:
     head_size: int
     norm_eps: float
     rope: Rope
+    window_rope: Rope | None = None  # of layers with a sliding window, where it is another one
+    embedding_scale: float | None = None
     tie_word_embeddings: bool
     rotary_size: int  # dimensions of a head that positions rotate, the first ones
     softmax_scale: float | None = None  # of attention scores; None is head_size^-1/2

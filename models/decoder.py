@@ -8,7 +8,7 @@ graph serves prefill and decoding. Legend of shapes: see `layers.py`.
 import torch
 from torch import Tensor, nn
 
-from aqtx.models.attention import Cache, Positions
+from aqtx.models.attention import Cache, Positions, Rotation
 from aqtx.models.config import DecoderConfig
 from aqtx.models.layers import RMSNorm
 from aqtx.models.rotary import Rotary
@@ -34,21 +34,38 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and rotary frequencies."""
 
-    def __init__(self, config: DecoderConfig, blocks: list[nn.Module]) -> None:
+    scale: Tensor
+
+    def __init__(self, config: DecoderConfig, blocks: list[nn.Module], norm: type[RMSNorm]) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = norm(config.hidden_size, config.norm_eps)
         self.rotary = Rotary(config.rope, config.rotary_size)
+        if config.window_rope is not None:
+            self.window_rotary = Rotary(config.window_rope, config.rotary_size)
+        if config.embedding_scale is not None:  # a buffer, so that it is rounded as the model's dtype has it
+            self.register_buffer("scale", torch.tensor(config.embedding_scale, device="cpu"), persistent=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B, S] -> [B, S, H]."""
+        x: Tensor = self.embed_tokens(ids)
+        return x if self.config.embedding_scale is None else x * self.scale.to(x.dtype)
+
+    def rotations(self, places: Tensor, dtype: torch.dtype) -> tuple[Rotation, Rotation]:
+        """places [B or 1, S] -> rotations of layers with full attention and with a sliding window."""
+        full = self.rotary(places, dtype)
+        return full, full if self.config.window_rope is None else self.window_rotary(places, dtype)
 
 
 class CausalLM(nn.Module):
     """ids [B, S] -> logits [B, S, vocabulary]."""
 
-    def __init__(self, config: DecoderConfig, blocks: list[nn.Module]) -> None:
+    def __init__(self, config: DecoderConfig, blocks: list[nn.Module], *, norm: type[RMSNorm] = RMSNorm) -> None:
         super().__init__()
         self.decoder_config = config
-        self.model = Decoder(config, blocks)
+        self.model = Decoder(config, blocks, norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -64,7 +81,7 @@ class CausalLM(nn.Module):
             start: [B] first slot that holds a token; the slots before it are left padding.
             kv: two tensors of each layer in turn, [B, G, C, D], written in place: keys and values, or their latents.
         """
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed(ids)
         if pos is None or start is None or kv is None:
             at = self._scoring(ids, x.dtype)
         else:
@@ -87,18 +104,18 @@ class CausalLM(nn.Module):
 
     def _scoring(self, ids: Tensor, dtype: torch.dtype) -> Positions:
         places = torch.arange(ids.shape[1], device=ids.device)
-        cos, sin = self.model.rotary(places.unsqueeze(0), dtype)
+        full, windowed = self.model.rotations(places.unsqueeze(0), dtype)
         if self._window is None:
-            return Positions(cos, sin, mask=None, window_mask=None, slots=None)
+            return Positions(full, windowed, mask=None, window_mask=None, slots=None)
         behind = places.unsqueeze(1) - places  # [S, S], how far each key lies behind the query
         window_mask = (behind >= 0) & (behind < self._window)
-        return Positions(cos, sin, mask=None, window_mask=window_mask, slots=None)
+        return Positions(full, windowed, mask=None, window_mask=window_mask, slots=None)
 
     def _continuing(self, pos: Tensor, start: Tensor, keys: Tensor, dtype: torch.dtype) -> Positions:
-        cos, sin = self.model.rotary((pos - start.unsqueeze(1)).clamp(min=0), dtype)
+        full, windowed = self.model.rotations((pos - start.unsqueeze(1)).clamp(min=0), dtype)
         slots = torch.arange(keys.shape[2], device=pos.device)
         behind = pos.unsqueeze(1) - slots  # [S, C]
         # Padding sees itself: a row with nothing to attend to would be NaN.
         mask = (behind == 0) | ((behind >= 0) & (slots >= start.view(-1, 1, 1, 1)))  # [B, 1, S, C]
         window_mask = None if self._window is None else mask & (behind < self._window)
-        return Positions(cos, sin, mask=mask, window_mask=window_mask, slots=pos)
+        return Positions(full, windowed, mask=mask, window_mask=window_mask, slots=pos)

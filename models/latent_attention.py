@@ -109,4 +109,4 @@ class LatentAttention(nn.Module):
         """Pairs are brought into halves first: queries and keys alike, so that their products stay."""
         if self.latent.interleaved:
             x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
-        return rotate_half(x, at)
+        return rotate_half(x, at.rotation)

@@ -26,18 +26,33 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+class OffsetRMSNorm(RMSNorm):
+    """The same with a gain of 1 + weight, as Gemma stores it."""
 
-    def __init__(self, hidden: int, intermediate: int, *, bias: bool = False) -> None:
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape."""
+        return F.rms_norm(x, self.weight.shape, self.weight + 1, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x)); `gelu` puts GELU's tanh form in silu's place (GeGLU)."""
+
+    def __init__(self, hidden: int, intermediate: int, *, bias: bool = False, gelu: bool = False) -> None:
         super().__init__()
+        self.gelu = gelu
         self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
         self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        out: Tensor = self.down_proj(gate * self.up_proj(x))
         return out
 
 

@@ -45,6 +45,7 @@ LATENT = ROUTED | {
     "qk_rope_head_dim": 8,
     "v_head_dim": 20,
 }
+GEMMA = {"head_dim": 24, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
 GLM_MOE = ROUTED | {"head_dim": 16, "n_group": 1, "topk_group": 1}
 
 # name -> (model_type, settings beside SMALL)
@@ -87,6 +88,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3-yarn": (
         "deepseek_v3",
         LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "gemma3-untied": (
+        "gemma3_text",
+        GEMMA
+        | {"sliding_window": 6, "attention_bias": True, "tie_word_embeddings": False, "query_pre_attn_scalar": 9}
+        | {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}}}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
     "glm4-moe": ("glm4_moe", GLM_MOE | {"use_qk_norm": True, "first_k_dense_replace": 1}),
     "glm4-moe-groups": (
@@ -138,7 +150,8 @@ def randomize(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name and parameter.dim() == 1 else 0.1 * noise)
+            gain = "norm" in name and parameter.dim() == 1
+            parameter.copy_(parameter.mean().round() + 0.2 * noise if gain else 0.1 * noise)  # Gemma stores gain - 1
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))

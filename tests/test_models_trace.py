@@ -16,7 +16,17 @@ from torch import fx, nn
 from aqtx.models import build
 from aqtx.program.trace import export_entry
 
-TRACED = ("olmoe", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3", "glm4-moe", "mistral-window", "llama-dynamic")
+TRACED = (
+    "olmoe",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+    "deepseek-v3",
+    "glm4-moe",
+    "gemma3",
+    "mistral-window",
+    "llama-dynamic",
+)
 # Published config.json of families, and gigabytes of bf16 weights.
 TRUE_SIZES: dict[str, tuple[dict[str, Any], float]] = {
     "OLMoE-1B-7B": (
@@ -126,7 +136,7 @@ def test_score_graph_is_canonical_and_equal_for_any_batch_and_length(name: str) 
     modules = Counter(type(module).__name__ for module in model.modules())
     stacks = sum(parameter.dim() == 3 for parameter in model.parameters())
     assert counts["aten.linear.default"] == modules["Linear"] + modules["TopKRouter"]
-    assert counts["aten.rms_norm.default"] == modules["RMSNorm"]
+    assert counts["aten.rms_norm.default"] == modules["RMSNorm"] + modules["OffsetRMSNorm"]
     assert counts["aqtx.grouped_linear.default"] == stacks
     with torch.no_grad():
         for batch, length in ((1, 1), (1, 9), (4, 1), (3, 17)):
