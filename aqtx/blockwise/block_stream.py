@@ -13,6 +13,8 @@ from torch import Tensor, fx
 
 from aqtx.program.blocks import Values
 
+Mark = list[dict[fx.Node, Any]]
+
 
 @contextmanager
 def scratch_folder(work: Path | None) -> Iterator[Path]:
@@ -30,10 +32,13 @@ def scratch_folder(work: Path | None) -> Iterator[Path]:
 
 
 class Stream:
-    """Values that blocks hand on, by batch and node. Only tensors go to disk; one file each, mapped when read."""
+    """Values that blocks hand on, by batch and node. Only tensors go to disk; one file each, mapped when read.
 
-    def __init__(self, num_batches: int, folder: Path | None = None) -> None:
-        self.folder = folder
+    With `keep` nothing is let go, so that `mark` and `rewind` lead back to the values that stood between two blocks.
+    """
+
+    def __init__(self, num_batches: int, folder: Path | None = None, *, keep: bool = False) -> None:
+        self.folder, self.keep = folder, keep
         self._batches: list[dict[fx.Node, Any]] = [{} for _ in range(num_batches)]
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,10 +62,20 @@ class Stream:
             else:
                 after[node] = self._store(batch, node, value)
         self._batches[batch] = after
+        if self.keep:
+            return
         kept = {str(value) for value in after.values() if isinstance(value, Path)}
         for value in before.values():
             if isinstance(value, Path) and str(value) not in kept:
                 value.unlink(missing_ok=True)
+
+    def mark(self) -> Mark:
+        """Where the stream stands: all batches' values as they are now."""
+        return list(self._batches)
+
+    def rewind(self, mark: Mark) -> None:
+        """Stand where the stream stood; only one that keeps its values can."""
+        self._batches = list(mark)
 
     def _store(self, batch: int, node: fx.Node, value: Any) -> Any:
         if not isinstance(value, Tensor):

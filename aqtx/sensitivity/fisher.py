@@ -5,27 +5,34 @@ F the mean of g g^T over tokens, g the gradient of -ln p(y) and y drawn from the
 
     direction  D^T F D itself. Labels drawn from the model make the gradients of tokens independent with mean zero,
                so the square of (sum of a sequence's gradients) . D is, on average, the sum of its tokens' squares:
-               one backward pass per sequence serves all matrices and formats, and no part of F is left out.
+               one backward pass per sequence serves all matrices and formats, and no part of F is left out. The
+               gradient itself is never formed: it is sum_t d_t x_t^T, with d_t the loss's gradient for the matrix's
+               output and x_t its input, so its product with D is sum_t d_t . (D x_t).
     element    the diagonal only, 1/2 sum F_nk D_nk^2, from the text's own labels: as though errors were independent.
                At two bits they are not: rounding shrinks a matrix along itself, and the diagonal misses it.
     matrix     the diagonal's mean over each matrix.
 
-Annotations: `fisher`, `fisher_element`, `fisher_matrix` {format: nats per token}. All gradients are resident, and per
-weight the errors of all formats in the model's dtype (direction), four bytes (element) or nothing (matrix).
+Annotations: `fisher`, `fisher_element`, `fisher_matrix` {format: nats per token}. One block's weights are in memory at
+a time, and the errors or gradients of one matrix; what flows between blocks and the rows x and d of one block are in
+memory too where that is a small part of what may be used, else on disk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, fx
 
+from aqtx.blockwise.backward import Backward
+from aqtx.blockwise.linear_rows import Rows
+from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
 from aqtx.program.program import Program
-from aqtx.program.site import Site
+from aqtx.program.site import Site, weight_node
 from aqtx.registry import Context
+from aqtx.sensitivity.label_gradients import drawn_labels, given_labels
 from aqtx.sensitivity.measured import Request, annotate, has, matrix, weighted_errors
+from aqtx.sensitivity.text_gradients import text_gradients
 
 Detail = Literal["direction", "element", "matrix"]
 KEYS: dict[str, str] = {"direction": "fisher", "element": "fisher_element", "matrix": "fisher_matrix"}
@@ -46,81 +53,113 @@ def measure_fisher(
     ids = context.calibration()[:num_sequences]
     if detail == "direction":
         _measure_directions(program, missing, ids, context)
-        return
-    information = _diagonal(program, [site for site, _ in missing], ids, context, per_matrix=detail == "matrix")
-    for site, formats in context.progress(missing, description="fisher errors"):
-        errors = weighted_errors(program, site, formats, 0.5 * _slice(information[site.weight], site))
-        annotate(site, KEYS[detail], errors)
+    else:
+        _measure_diagonals(program, missing, ids, context, detail)
+
+
+def users_of(program: Program, weights: Sequence[str]) -> dict[str, list[fx.Node]]:
+    """The linears that multiply with each of these parameters."""
+    found: dict[str, list[fx.Node]] = {name: [] for name in weights}
+    for node in program.graph.nodes:
+        weight = weight_node(node)
+        if weight is not None and str(weight.target) in found:
+            found[str(weight.target)].append(node)
+    return found
+
+
+def _by_weight(wanted: Sequence[Request]) -> dict[str, list[Request]]:
+    grouped: dict[str, list[Request]] = {}
+    for site, formats in wanted:
+        grouped.setdefault(site.weight, []).append((site, formats))
+    return grouped
 
 
 def _measure_directions(program: Program, wanted: Sequence[Request], ids: Tensor, context: Context) -> None:
-    """1/2 D^T F D of each site and format."""
-    errors = [_errors(program, site, formats) for site, formats in context.progress(wanted, description="rounding")]
-    total = [torch.zeros(len(formats), dtype=torch.float64) for _, formats in wanted]
-    generator = torch.Generator(program.device).manual_seed(context.seed)
-    for gradients in _gradients(
-        program,
-        [site for site, _ in wanted],
-        ids,
-        context,
-        lambda logits, row: torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0],
-    ):
-        for (site, _), D, sums in zip(wanted, errors, total, strict=True):
-            sums += (D @ _slice(gradients[site.weight], site).flatten()).double().cpu().square()
-    for (site, formats), sums in zip(wanted, total, strict=True):
-        losses = 0.5 * sums / ids.numel()
+    """1/2 D^T F D of each site and format. A matrix that is used twice has the gradients of both uses added up."""
+    by_weight = _by_weight(wanted)
+    users = users_of(program, list(by_weight))
+    sums = {site.name: torch.zeros(len(formats), len(ids), dtype=torch.float64) for site, formats in wanted}
+    with text_gradients(program, users, ids, context) as backward:
+        backward.forward(context.progress)
+        for block in backward.backward(drawn_labels(backward.sizes, context), context.progress):
+            for weight, node in _uses(users, block.nodes):
+                _add_directions(program, by_weight[weight], node, backward, sums)
+    for site, formats in wanted:
+        losses = 0.5 * sums[site.name].square().sum(1) / ids.numel()
         annotate(site, KEYS["direction"], {fmt.name: float(v) for fmt, v in zip(formats, losses, strict=True)})
 
 
+def _uses(users: dict[str, list[fx.Node]], nodes: Sequence[fx.Node]) -> list[tuple[str, fx.Node]]:
+    among = set(nodes)
+    return [(weight, node) for weight, found in users.items() for node in found if node in among]
+
+
+def _add_directions(
+    program: Program, wanted: Sequence[Request], node: fx.Node, backward: Backward, sums: dict[str, Tensor]
+) -> None:
+    """Add sum_t d_t . (D x_t) of every sequence, for the sites of one node; D is that of one matrix at a time."""
+    seen = list(backward.rows_of(node))
+    for site, formats in wanted:
+        parts = [(batch, rows.of(site.expert)) for batch, rows in seen]
+        if not any(len(rows.x) for _, rows in parts):
+            continue
+        D = _errors(program, site, formats)
+        for batch, rows in parts:
+            start = sum(backward.sizes[:batch])
+            sums[site.name][:, start : start + backward.sizes[batch]] += directional(D, rows, backward.sizes[batch])
+
+
+def directional(D: Tensor, rows: Rows, num_sequences: int) -> Tensor:
+    """sum_t d_t . (D x_t) of each sequence: D [formats, N, K] -> [formats, sequences], float64 on the CPU."""
+    found = torch.zeros(len(D), num_sequences, dtype=torch.float64)
+    for start in range(0, len(rows.x), ROWS):
+        part = slice(start, start + ROWS)
+        y = (rows.x[part] @ D.flatten(0, 1).mT).unflatten(1, D.shape[:2])  # [R, formats, N]
+        products = (y * rows.d[part, None]).sum(-1, dtype=torch.float32)
+        found.index_add_(1, rows.sequence[part].cpu(), products.double().cpu().mT)
+    return found
+
+
+ROWS = 1024  # multiplied at a time: their products with all formats' errors are the largest tensor here
+
+
 def _errors(program: Program, site: Site, formats: Sequence[Format]) -> Tensor:
-    """Q(W) - W under each format, [formats, N * K]."""
+    """Q(W) - W under each format, [formats, N, K]."""
     W = matrix(program, site)
-    return torch.stack([(fake_quantize(W, fmt).float() - W.float()).flatten() for fmt in formats]).to(program.dtype)
+    return torch.stack([(fake_quantize(W, fmt).float() - W.float()).to(program.dtype) for fmt in formats])
 
 
-def _slice(value: Tensor, site: Site) -> Tensor:
-    return value if site.expert is None else value[site.expert]
-
-
-def _diagonal(
-    program: Program, sites: Sequence[Site], ids: Tensor, context: Context, *, per_matrix: bool
-) -> dict[str, Tensor]:
-    """The diagonal of each parameter's F, or its mean over each matrix [E, 1, 1], [1, 1].
+def _measure_diagonals(
+    program: Program, wanted: Sequence[Request], ids: Tensor, context: Context, detail: Detail
+) -> None:
+    """1/2 sum F_nk D_nk^2 with the diagonal of F, or its mean over the matrix.
 
     Gradients of single tokens are not to be had cheaply; those of sequences of T tokens are, and as tokens'
     gradients are nearly uncorrelated, F = T mean((gradient of the sequence's mean loss)^2).
     """
-    total: dict[str, Tensor] = {}
+    by_weight = _by_weight(wanted)
+    users = users_of(program, list(by_weight))
+    twice = [f"{name}: it is used {len(found)} times" for name, found in users.items() if len(found) > 1]
+    if twice:
+        raise InputError(*(f"{problem}; its Fisher information is known along errors only" for problem in twice))
+    num_tokens = ids.numel() - len(ids)
+    with text_gradients(program, users, ids[:, :-1], context) as backward:
+        backward.forward(context.progress)
+        for block in backward.backward(given_labels(backward.sizes, ids[:, 1:]), context.progress):
+            for weight, node in _uses(users, block.nodes):
+                seen = [rows for _, rows in backward.rows_of(node)]
+                for site, formats in by_weight[weight]:
+                    F = squared_gradients(site, [rows.of(site.expert) for rows in seen]) / num_tokens
+                    F = F.mean() if detail == "matrix" else F
+                    annotate(site, KEYS[detail], weighted_errors(program, site, formats, 0.5 * F))
 
-    def labels(logits: Tensor, row: int) -> Tensor:
-        return ids[row, 1:].to(logits.device)
 
-    for gradients in _gradients(program, sites, ids[:, :-1], context, labels):
-        for name, gradient in gradients.items():
-            square = gradient.float().square()
-            square = square.mean((-2, -1), keepdim=True) if per_matrix else square
-            total[name] = square if name not in total else total[name].add_(square)
-    return {name: value / (ids.numel() - len(ids)) for name, value in total.items()}
-
-
-def _gradients(
-    program: Program,
-    sites: Sequence[Site],
-    ids: Tensor,
-    context: Context,
-    labels: Callable[[Tensor, int], Tensor],
-) -> Iterator[dict[str, Tensor]]:
-    """For each sequence the gradient, by parameter, of its summed cross-entropy with labels (logits, row) -> [T]."""
-    module = program.module()
-    parameters = {name: module.get_parameter(name) for name in {site.weight: None for site in sites}}
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    for row, sequence in enumerate(context.progress(ids.to(program.device), total=len(ids), description="fisher")):
-        for parameter in parameters.values():
-            parameter.grad = None
-        logits = module(sequence[None])[0].float()
-        cross_entropy(logits, labels(logits.detach(), row), reduction="sum").backward()
-        yield {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in parameters.items()
-        }
+def squared_gradients(site: Site, seen: Sequence[Rows]) -> Tensor:
+    """The squares of each sequence's gradient for a matrix, summed over sequences: [N, K], float32."""
+    device = seen[0].x.device
+    total = torch.zeros(site.shape, device=device)
+    for rows in seen:
+        for sequence in rows.sequence.unique():
+            own = rows.sequence == sequence
+            total += (rows.d[own].mT @ rows.x[own]).float().square()
+    return total
