@@ -84,6 +84,7 @@ def _measure_directions(program: Program, wanted: Sequence[Request], ids: Tensor
         for block in backward.backward(drawn_labels(backward.sizes, context), context.progress):
             for weight, node in _uses(users, block.nodes):
                 _add_directions(program, by_weight[weight], node, backward, sums)
+    context.ranks.add_up(*sums.values())  # each sequence is one rank's, zero on the others
     for site, formats in wanted:
         losses = 0.5 * sums[site.name].square().sum(1) / ids.numel()
         annotate(site, KEYS["direction"], {fmt.name: float(v) for fmt, v in zip(formats, losses, strict=True)})
@@ -149,14 +150,15 @@ def _measure_diagonals(
             for weight, node in _uses(users, block.nodes):
                 seen = [rows for _, rows in backward.rows_of(node)]
                 for site, formats in by_weight[weight]:
-                    F = squared_gradients(site, [rows.of(site.expert) for rows in seen]) / num_tokens
+                    F = squared_gradients(site, [rows.of(site.expert) for rows in seen], context.device)
+                    context.ranks.add_up(F)
+                    F /= num_tokens
                     F = F.mean() if detail == "matrix" else F
                     annotate(site, KEYS[detail], weighted_errors(program, site, formats, 0.5 * F))
 
 
-def squared_gradients(site: Site, seen: Sequence[Rows]) -> Tensor:
+def squared_gradients(site: Site, seen: Sequence[Rows], device: torch.device) -> Tensor:
     """The squares of each sequence's gradient for a matrix, summed over sequences: [N, K], float32."""
-    device = seen[0].x.device
     total = torch.zeros(site.shape, device=device)
     for rows in seen:
         for sequence in rows.sequence.unique():

@@ -21,7 +21,10 @@ TOKENS_PER_BATCH = 2048
 def text_gradients(
     program: Program, users: Mapping[str, list[fx.Node]], ids: Tensor, context: Context
 ) -> Iterator[Backward]:
-    """A pass over the sequences ids [n, T] that gives the rows of these linears; its folder is gone afterwards."""
+    """A pass over the sequences ids [n, T] that gives the rows of these linears; its folder is gone afterwards.
+
+    Ranks share the batches: each sees the rows of its own.
+    """
     nodes = frozenset(node for found in users.values() for node in found)
     blocks = split_blocks(program.graph, program.weights.specs)
     together = max(TOKENS_PER_BATCH // ids.shape[1], 1) if mixes_nothing(nodes, blocks) else 1
@@ -31,7 +34,7 @@ def text_gradients(
     on_disk = stream_bytes + rows_bytes > free_bytes(context.device) // 8
     with scratch_folder(context.work) as scratch:
         folder = scratch if on_disk else None
-        runner = Runner(program, Stream(len(sizes), folder, keep=True), context.device)
+        runner = Runner(program, Stream(len(sizes), folder, keep=True), context.device, context.ranks)
         runner.start(ids, together)
         yield Backward(runner, blocks, nodes, sizes, folder)
 
