@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aqtx.formats.elements import code_to_value
-from aqtx.formats.packing import unpack
+from aqtx.formats.packing import stored, unpack
 from aqtx.formats.scales import Scales, decode_scale
 from aqtx.formats.table import Format
 
@@ -51,7 +51,7 @@ def decode(parts: Mapping[str, Tensor], fmt: Format, num_columns: int, dtype: to
     zero = None if zero_point is None else zero_point.unsqueeze(-1)
     values = code_to_value(codes.unflatten(-1, (-1, size)), fmt.element, zero)
     values = (values * scale.unsqueeze(-1)).flatten(-2)
-    return to_storage_dtype(values[..., :num_columns] if missing else values, dtype)
+    return to_storage_dtype(stored(values)[..., :num_columns] if missing else values, dtype)
 
 
 def to_storage_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:

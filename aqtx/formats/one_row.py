@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aqtx.formats.elements import code_to_value
-from aqtx.formats.packing import LANES, PLANES, padded_columns
+from aqtx.formats.packing import LANES, PLANES, padded_columns, stored
 from aqtx.formats.scales import decode_scale
 
 
@@ -39,7 +39,7 @@ def fits(weight: Any) -> bool:
 def product(x: Tensor, weight: Any) -> Tensor:
     """`x @ weight.T` for a single row x [..., K]."""
     span = span_of(weight)
-    rows = _stored(x.reshape(-1, span // LANES, LANES).float())
+    rows = stored(x.reshape(-1, span // LANES, LANES).float())
     sums: dict[int, Any] = {}  # of the slabs under one scale, which multiplies once
     scale, slabs = _slabs(weight, span)
     for index, (value, block) in enumerate(slabs):
@@ -53,7 +53,7 @@ def product(x: Tensor, weight: Any) -> Tensor:
 def _slabs(weight: Any, span: int) -> tuple[Tensor, Iterator[tuple[Tensor, int]]]:
     """Scales [N, K / span, blocks], and of each slab of a span: values [N, K / span, 16] and its block."""
     fmt, size = weight.format, weight.format.block_size(weight.num_columns)
-    scale = _per_span(_stored(decode_scale(weight.scales, fmt)), weight.num_columns, size, span)
+    scale = _per_span(stored(decode_scale(weight.scales, fmt)), weight.num_columns, size, span)
     zero = None if weight.zero_point is None else _per_span(weight.zero_point, weight.num_columns, size, span)
 
     def values() -> Iterator[tuple[Tensor, int]]:
@@ -63,11 +63,6 @@ def _slabs(weight: Any, span: int) -> tuple[Tensor, Iterator[tuple[Tensor, int]]
             yield code_to_value(codes, fmt.element, None if zero is None else zero[..., block, None]), block
 
     return scale, values()
-
-
-def _stored(values: Tensor) -> Tensor:
-    """The same, computed by Inductor before the loop instead of in every turn, because a view needs storage."""
-    return values.as_strided(values.shape, values.stride())
 
 
 def _per_span(parts: Tensor, num_columns: int, size: int, span: int) -> Tensor:

@@ -10,6 +10,10 @@ bits is a sequence of 16-byte slabs; byte j of a slab holds elements j, j+16, j+
 128/p elements, the earliest in the lowest bits. So 16 neighbouring bytes decode to 16 neighbouring
 elements with one shift and one mask, which is what vector units (and Inductor's vectoriser) do well;
 interleaved neighbours would need a shuffle per load. Rows are padded with zero codes to whole slabs.
+
+Inductor turns an index such as `column // 32` into two loops without asking whether 32 divides the columns, and
+leaves the rest of a row unwritten. So whatever is computed by slabs or blocks is computed in whole ones and
+`stored` before a row is cut to its columns.
 """
 
 import math
@@ -20,6 +24,11 @@ from torch.nn.functional import pad
 
 LANES = 16
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+
+
+def stored(values: Tensor) -> Tensor:
+    """The same values, which Inductor writes to memory before anything reads them: a strided view needs storage."""
+    return values.as_strided(values.shape, values.stride())
 
 
 def padded_columns(num_columns: int, bits: int) -> int:
@@ -67,7 +76,9 @@ def unpack(planes: Tensor, bits: int, num_columns: int) -> Tensor:
         codes = part if codes is None else codes | (part << shift)
         start, shift = start + size, shift + width
     assert codes is not None
-    return codes[..., :num_columns] if padded != num_columns else codes
+    if padded == num_columns:
+        return codes
+    return (codes if bits == 8 else stored(codes))[..., :num_columns]
 
 
 def _unpack_plane(plane: Tensor, width: int) -> Tensor:
@@ -91,7 +102,7 @@ def to_disk_order(codes: Tensor, bits: int) -> Tensor:
     for index in range(1, count):
         word |= groups[..., index] << (bits * index)
     out = word if size == 1 else torch.stack([(word >> (8 * byte)) & 255 for byte in range(size)], -1).flatten(-2)
-    return out[..., : -(-num_columns * bits // 8)].to(torch.uint8).contiguous()
+    return stored(out)[..., : -(-num_columns * bits // 8)].to(torch.uint8).contiguous()
 
 
 def from_disk_order(packed: Tensor, bits: int, num_columns: int) -> Tensor:
@@ -105,7 +116,7 @@ def from_disk_order(packed: Tensor, bits: int, num_columns: int) -> Tensor:
         word |= groups[..., index] << (8 * index)
     mask = (1 << bits) - 1
     codes = torch.stack([((word >> (bits * index)) & mask).to(torch.uint8) for index in range(count)], -1)
-    return codes.flatten(-2)[..., :num_columns]
+    return stored(codes.flatten(-2))[..., :num_columns]
 
 
 def _group(bits: int) -> tuple[int, int, torch.dtype]:
