@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aqtx.errors import InputError
+from aqtx.machine.memory import room_for_work
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.program import Program
 from aqtx.program.site import Site
@@ -46,6 +47,7 @@ class Context:
     work: Path | None = None  # scratch folder, kept until the run is complete: resume points, spilled tensors
     quiet: bool = False
     ranks: Ranks = ALONE
+    max_memory: int | None = None  # bytes that the whole process may take, None: what is free
     _calibration: Tensor | None = None
 
     def calibration(self) -> Tensor:
@@ -55,6 +57,10 @@ class Context:
                 raise InputError("a pass needs calibration text: give `calibration` in the recipe or to aqtx.run")
             self._calibration = self.load_calibration()
         return self._calibration
+
+    def room(self) -> int:
+        """Bytes that a pass may take beside what this process holds already; the smallest of all ranks' room."""
+        return self.ranks.smallest(room_for_work(self.device, self.max_memory))
 
     def progress(self, items: Iterable[Item], *, total: int | None = None, description: str = "") -> Iterator[Item]:
         """Iterate with a progress bar that shows itself after two seconds and only on a terminal."""

@@ -9,7 +9,7 @@ from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.gptq_block import BlockRounder, Settings
 from aqtx.blockwise.gptq_model import Walk
-from aqtx.machine.memory import PeakMemory, free_bytes
+from aqtx.machine.memory import PeakMemory
 from aqtx.numerics.gptq import Options
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
@@ -81,10 +81,15 @@ class Gptq(Pass):
         details["peak_memory_bytes"] = peak.num_bytes
         return Changes(changed=[site.name for site in sites], details=details)
 
+    @staticmethod
+    def _share(context: Context) -> int:
+        """Of a limit for the whole process all that is left; of what is free a half."""
+        return context.room() // (2 if context.max_memory is None else 1)
+
     def _walk(self, program: Program, context: Context, scratch: Path) -> Walk:
         """The blocks, the stream at its start, and a budget for what is computed on the way."""
         ids = context.calibration()
-        limit = context.ranks.smallest(self.max_memory or free_bytes(context.device) // 2)
+        limit = context.ranks.smallest(self.max_memory or self._share(context))
         blocks = split_blocks(program.graph, program.weights.specs)
         stream_bytes = ids.numel() * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
         on_disk = self.stream == "disk" or (self.stream == "auto" and stream_bytes > limit // 4)

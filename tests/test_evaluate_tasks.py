@@ -73,6 +73,20 @@ def test_choices_are_scored_as_lm_evals_own_backend_scores_them(ours, theirs, fo
         np.testing.assert_allclose(*zip(*pairs, strict=True), atol=6e-4, err_msg=name)
 
 
+def test_choices_are_scored_alike_one_block_at_a_time(program, ours, folder):
+    """Tolerance as above; inputs of unequal length are padded, and more of them than go into one batch."""
+    from aqtx.blockwise.block_scores import BlockScorer
+    from aqtx.evaluate.lm import ProgramLM
+
+    streamed = ProgramLM(BlockScorer(program, room=0), ours.tokenizer, max_length=512, batch_size=5)
+    found, expected = (run_tasks(model, ("hellaswag", "winogrande"), include_path=folder) for model in (streamed, ours))
+    for name, scores in found.items():
+        np.testing.assert_array_equal(scores.values, expected[name].values, err_msg=name)
+        for one, two in zip(scores.samples, expected[name].samples, strict=True):
+            mine, other = ([float(answer[0]) for answer in item["filtered_resps"]] for item in (one, two))
+            np.testing.assert_allclose(mine, other, atol=6e-4, err_msg=name)
+
+
 def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(program, ours, folder, tmp_path):
     """The same dequantized weights in float32: one through our graph, one through transformers and lm-eval."""
     from lm_eval.models.huggingface import HFLM
@@ -188,12 +202,12 @@ def test_a_recipes_tasks_are_paired_logged_and_not_run_twice(ours, folder, tmp_p
 
     spec = EvaluateSpec(tasks=("piqa",), include_path=str(folder))
     monkeypatch.setattr(
-        task_scores, "run_program_tasks", lambda _, settings: run_tasks(ours, settings.tasks, include_path=folder)
+        task_scores, "run_program_tasks", lambda _, settings, __: run_tasks(ours, settings.tasks, include_path=folder)
     )
     log = tmp_path / "samples" / "before.json"
-    first = task_scores.score_tasks(None, spec, log)
+    first = task_scores.score_tasks(None, spec, log, ours)
     monkeypatch.setattr(task_scores, "run_program_tasks", None)
-    again = task_scores.score_tasks(None, spec, log)
+    again = task_scores.score_tasks(None, spec, log, ours)
     entry = task_scores.tasks_report(first, again, seed=0)["piqa"]
     assert entry["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert (entry["metric"], entry["num_items"]) == ("acc_norm", 6)

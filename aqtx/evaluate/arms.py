@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity
 from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.evaluate.tasks import answer_gaps, compare_tasks, run_tasks
+from aqtx.machine.memory import room_for_work
 from aqtx.program.generate import Generator
 from aqtx.program.program import Program
 from aqtx.report.numbers import interval
@@ -104,39 +106,51 @@ class EvalResults:
 
 
 def evaluate_arms(
-    arms: Mapping[str, Program], settings: EvalSettings, *, progress: Progress | None = None
+    arms: Mapping[str, Program],
+    settings: EvalSettings,
+    *,
+    progress: Progress | None = None,
+    max_memory: int | None = None,
 ) -> EvalResults:
-    """Measure every arm. All must share one tokenizer's ids, or their perplexities would not pair."""
+    """Measure every arm. All must share one tokenizer's ids, or their perplexities would not pair.
+
+    An arm that does not fit into memory, or into `max_memory` bytes, runs one block at a time.
+    """
     results = EvalResults(settings)
     for name, program in arms.items():
         if program.folder is None:
             raise InputError(f"{name} has no folder with a tokenizer, so no text can be scored")
+        scorer = BlockScorer(program, room_for_work(program.device, max_memory))
         if settings.perplexity is not None:
             source, tokenizer = settings.perplexity, load_tokenizer(program.folder)
             documents = evaluation(source, tokenizer, max_tokens=settings.max_tokens)
             results.perplexity[name] = evaluate_perplexity(
-                program.scorer(),
+                scorer,
                 documents,
                 window=_window(program, settings),
                 batch_size=settings.batch_size,
                 progress=progress,
             )
         if settings.tasks:
-            results.tasks[name] = run_program_tasks(program, settings)
+            results.tasks[name] = run_program_tasks(program, settings, scorer)
     return results
 
 
-def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any]:
-    """Scores by task of one program, which needs a folder with a tokenizer."""
+def run_program_tasks(program: Program, settings: EvalSettings, scorer: BlockScorer) -> dict[str, Any]:
+    """Scores by task of one program, which needs a folder with a tokenizer.
+
+    Raises:
+        InputError: a task generates text and the model does not fit into memory.
+    """
     from aqtx.evaluate.lm import ProgramLM  # brings lm-eval: seconds and 200 MB that only tasks need
 
     if program.folder is None:
         raise InputError("the model has no folder with a tokenizer, so no task can be run")
     model = ProgramLM(
-        program.scorer(),
+        scorer,
         load_tokenizer(program.folder),
         max_length=_window(program, settings),
-        generator=lambda: Generator(program),
+        generator=lambda: _generator(program, scorer),
         batch_size=settings.batch_size,
     )
     return run_tasks(
@@ -146,6 +160,17 @@ def run_program_tasks(program: Program, settings: EvalSettings) -> dict[str, Any
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
     )
+
+
+def _generator(program: Program, scorer: BlockScorer) -> Generator:
+    """For tasks that generate: the whole model in memory."""
+    if scorer.streams:
+        need, have = scorer.model_bytes / 1e9, scorer.room / 1e9
+        raise InputError(
+            f"a task generates text, which needs the whole model in memory: {need:.2f} GB beside what it computes, "
+            f"and {have:.2f} GB may be taken; raise max_memory, or leave the task out"
+        )
+    return Generator(program)
 
 
 def _window(program: Program, settings: EvalSettings) -> int:

@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from aqtx.blockwise.block_scores import many_with, rows_at_once
 from aqtx.errors import InputError
 from aqtx.program.generate import Generator
 
@@ -83,8 +84,10 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
             by_input.setdefault(tuple((context + continuation)[-(self.max_length + 1) : -1]), []).append(index)
         answers: list[Answer] = [(0.0, False)] * len(requests)
         inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
-        for batch in tqdm(_slices(inputs, self.batch_size), desc="log-likelihoods", disable=disable_tqdm, delay=2):
-            for ids, scores in zip(batch, self._log_probabilities(batch), strict=True):
+        batches = self._batches(inputs)
+        found = many_with(self.forward)([_padded(batch) for batch in batches])
+        for batch in tqdm(batches, desc="log-likelihoods", disable=disable_tqdm, delay=2):
+            for ids, scores in zip(batch, _log_probabilities(next(found), batch), strict=True):
                 for index in by_input[ids]:
                     answers[index] = _answer(scores, requests[index][2])
         for request, answer in zip(requests, answers, strict=True):
@@ -92,14 +95,14 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
-    @torch.no_grad()
-    def _log_probabilities(self, batch: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
-        """[S, V] of each input. Padding stands on the right, where a causal model cannot see it."""
-        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-        for row, tokens in zip(ids, batch, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        for logits, tokens in zip(self.forward(ids), batch, strict=True):
-            yield logits[: len(tokens)].float().log_softmax(-1).cpu()
+    def _batches(self, inputs: Sequence[tuple[int, ...]]) -> list[Sequence[tuple[int, ...]]]:
+        """Inputs of similar length together; they come longest first."""
+        batches, start = [], 0
+        while start < len(inputs):
+            rows = rows_at_once(self.forward, len(inputs[start]), self.batch_size)
+            batches.append(inputs[start : start + rows])
+            start += rows
+        return batches
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, each token once, in windows that do not overlap but for the last."""
@@ -162,6 +165,21 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
                 raise InputError("a task generates text, and this model was opened for scoring only")
             self._generator = self._make_generator()
         return self._generator
+
+
+def _padded(batch: Sequence[tuple[int, ...]]) -> Tensor:
+    """[B, S] token ids. Padding stands on the right, where a causal model cannot see it."""
+    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+    for row, tokens in zip(ids, batch, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+@torch.no_grad()
+def _log_probabilities(found: Tensor, batch: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    """[S, V] of each input of a batch: logits [B, S, V]."""
+    for logits, tokens in zip(found, batch, strict=True):
+        yield logits[: len(tokens)].float().log_softmax(-1).cpu()
 
 
 def _slices(items: Sequence[Any], size: int) -> list[Any]:

@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aqtx.blockwise.block_scores import many_with, rows_at_once
 from aqtx.errors import InputError
 from aqtx.text.tokens import Document
 
 Progress = Callable[..., Iterable[Any]]
+Forward = Callable[[Tensor], Tensor]  # ids [B, S] -> logits [B, S, V]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def cut_windows(document: int, length: int, *, window: int, context: int = 0) ->
 
 
 def evaluate_perplexity(
-    forward: Callable[[Tensor], Tensor],
+    forward: Forward,
     documents: Sequence[Document],
     *,
     window: int,
@@ -111,28 +113,34 @@ def evaluate_perplexity(
         for index, document in enumerate(documents)
         for piece in cut_windows(index, len(document.ids), window=window, context=context)
     ]
-    batches = list(_batches(windows, batch_size))
+    batches = list(_batches(windows, forward, batch_size))
     nll = np.zeros(len(documents))
+    logits = many_with(forward)([_ids(documents, batch) for batch in batches])
     for batch in progress(batches, description="perplexity") if progress else batches:
-        for piece, loss in zip(batch, _score(forward, documents, batch), strict=True):
+        for piece, loss in zip(batch, _score(next(logits), documents, batch), strict=True):
             nll[piece.document] += loss
     num_tokens = np.array([len(document.ids) - 1 for document in documents], dtype=np.int64)
     return DocumentScores(tuple(document.domain for document in documents), nll, num_tokens, window, context)
 
 
-def _batches(windows: Sequence[_Window], batch_size: int) -> Iterator[list[_Window]]:
+def _batches(
+    windows: Sequence[_Window], forward: Callable[[Tensor], Tensor], batch_size: int
+) -> Iterator[list[_Window]]:
     """Windows of equal length together, longest first: what runs out of memory does so at once."""
     ordered = sorted(windows, key=lambda piece: -piece.length)
-    for _, group in itertools.groupby(ordered, key=lambda piece: piece.length):
-        equal = list(group)
-        for start in range(0, len(equal), batch_size):
-            yield equal[start : start + batch_size]
+    for length, group in itertools.groupby(ordered, key=lambda piece: piece.length):
+        equal, rows = list(group), rows_at_once(forward, length, batch_size)
+        for start in range(0, len(equal), rows):
+            yield equal[start : start + rows]
+
+
+def _ids(documents: Sequence[Document], batch: Sequence[_Window]) -> Tensor:
+    return torch.stack([documents[piece.document].ids[piece.start : piece.stop] for piece in batch])  # [B, S]
 
 
 @torch.no_grad()
-def _score(forward: Callable[[Tensor], Tensor], documents: Sequence[Document], batch: Sequence[_Window]) -> list[float]:
-    ids = torch.stack([documents[piece.document].ids[piece.start : piece.stop] for piece in batch])  # [B, S]
-    logits = forward(ids)  # [B, S, V]
+def _score(logits: Tensor, documents: Sequence[Document], batch: Sequence[_Window]) -> list[float]:
+    """Summed losses of a batch's windows: logits [B, S, V]."""
     losses = []
     for row, piece in zip(logits, batch, strict=True):
         targets = documents[piece.document].ids[piece.stop + 1 - piece.num_scored : piece.stop + 1]

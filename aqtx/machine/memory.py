@@ -21,6 +21,30 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def room_for_work(device: torch.device, max_memory: int | None = None) -> int:
+    """Bytes that work may still take: what is free less a tenth, and what a promised limit leaves beside this process.
+
+    The limit is one of `resident_bytes`; of a GPU it is one of the GPU's own memory.
+    """
+    room = free_bytes(device) * 9 // 10
+    if max_memory is not None:
+        room = min(room, max_memory - (resident_bytes() if device.type == "cpu" else 0))
+    return max(room, 0)
+
+
+def bytes_of(text: str) -> int:
+    """ "8GiB", "500 MB" or "1000000" as a number.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{text!r} is no size: write bytes or such as 8GiB or 500MB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
 def resident_bytes() -> int:
     """Anonymous and shared memory of this process; pages mapped from files can be dropped and do not count."""
     told = Path("/proc/self/status")

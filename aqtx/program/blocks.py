@@ -51,6 +51,14 @@ def split_blocks(graph: fx.Graph, weights: Collection[str]) -> list[Block]:
     return blocks[::-1]
 
 
+def whole(graph: fx.Graph) -> Block:
+    """All of a graph as one block."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    inputs = tuple(node for node in graph.nodes if node.op == "placeholder")
+    parameters = tuple(node for node in graph.nodes if node.op == "get_attr")
+    return Block(0, None, tuple(nodes), inputs, parameters, frozenset(graph.output_node().all_input_nodes))
+
+
 def _places(graph: fx.Graph, weights: Collection[str]) -> dict[fx.Node, int]:
     """Block number of each node: 0 before the layers, layer + 1 in one, the last after them."""
     layers = {node: layer_of(str(node.target)) for node in graph.nodes if node.op == "get_attr"}

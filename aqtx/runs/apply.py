@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.checkpoint.open import open_program
 from aqtx.checkpoint.write import write_model
 from aqtx.errors import InputError
@@ -18,7 +19,7 @@ from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.devices import device_of
-from aqtx.machine.memory import peak_bytes
+from aqtx.machine.memory import peak_bytes, room_for_work
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
 from aqtx.program.codes import CODES
@@ -187,7 +188,7 @@ class _Runner:
         spec = self.recipe.evaluate
         context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
         scores = evaluate_perplexity(
-            self.program.scorer(),
+            self._scorer(),
             documents,
             window=spec.window or min(context_size, _MAX_WINDOW),
             batch_size=spec.batch_size,
@@ -196,12 +197,19 @@ class _Runner:
         file.write_text(json.dumps(scores.to_json()))
         return scores
 
+    def _scorer(self) -> BlockScorer:
+        """The program as it stands, one block at a time where it does not fit."""
+        context = self.context
+        room = room_for_work(context.device, context.max_memory)
+        return BlockScorer(self.program, room, context.work, context.progress)
+
     def _tasks(self, moment: str) -> dict[str, TaskScores]:
         """Scores of the recipe's tasks; every item's log stays in the run's folder."""
         spec = self.recipe.evaluate
         if spec is None or not spec.tasks:
             return {}
-        return score_tasks(self.program, spec, self.directory.staging / "samples" / f"{moment}.json")
+        log = self.directory.staging / "samples" / f"{moment}.json"
+        return score_tasks(self.program, spec, log, self._scorer())
 
     def _write_report(self, data: dict[str, Any]) -> Report:
         staging = self.directory.staging
@@ -233,6 +241,7 @@ def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
 def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None, quiet: bool = False) -> Context:
     """What passes of the recipe are lent: its seed, its device, its calibration text."""
     context = Context(seed=recipe.seed, device=program.device, work=work, quiet=quiet)
+    context.max_memory = recipe.memory_limit
     context.load_calibration = lambda: _calibration(recipe, program, context)
     return context
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import aqtx.passes
 from aqtx import registry
 from aqtx.errors import InputError, nearest
+from aqtx.machine.memory import bytes_of
 from aqtx.planning.arms import StudySpec
 from aqtx.registry import Pass
 from aqtx.runs.schema import join, parse_fields, plain
@@ -70,11 +71,28 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     evaluate: EvaluateSpec | None = None
     report: bool = True
+    max_memory: int | str | None = None  # of the whole process: bytes or such as 8GiB; null takes what is free
     study: StudySpec | None = None  # read by `aqtx study` only
 
+    def __post_init__(self) -> None:
+        """Refuse a size that is none."""
+        if self.memory_limit is not None and self.memory_limit < 1:
+            raise InputError(f"max_memory: must be at least 1 byte, got {self.max_memory}")
+
+    @property
+    def memory_limit(self) -> int | None:
+        """`max_memory` in bytes."""
+        try:
+            return bytes_of(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
+        except ValueError as error:
+            raise InputError(f"max_memory: {error}") from None
+
     def resolved(self) -> dict[str, Any]:
-        """Every value with its default written out; without the output path, so that equal runs read equal anywhere."""
-        document = {item.name: plain(getattr(self, item.name)) for item in fields(self) if item.name != "output"}
+        """Every value with its default written out; without output path and memory, which decide no result: equal runs
+        read equal anywhere.
+        """
+        kept = [item.name for item in fields(self) if item.name not in ("output", "max_memory")]
+        document = {name: plain(getattr(self, name)) for name in kept}
         return document | {"passes": [{step.name: plain(step)} if fields(step) else step.name for step in self.passes]}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.evaluate.arms import EvalSettings, run_program_tasks
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.numerics.intervals import paired_difference
@@ -14,7 +15,7 @@ from aqtx.program.program import Program
 from aqtx.runs.recipe import EvaluateSpec
 
 
-def score_tasks(program: Program, spec: EvaluateSpec, log: Path) -> dict[str, TaskScores]:
+def score_tasks(program: Program, spec: EvaluateSpec, log: Path, scorer: BlockScorer) -> dict[str, TaskScores]:
     """Scores by task of a program as it stands. `log` keeps every item, and is read instead of a second run."""
     if log.exists():
         return {name: _from_json(name, data) for name, data in json.loads(log.read_text()).items()}
@@ -25,7 +26,7 @@ def score_tasks(program: Program, spec: EvaluateSpec, log: Path) -> dict[str, Ta
         batch_size=spec.batch_size,
         window=spec.window,
     )
-    scores = run_program_tasks(program, settings)
+    scores = run_program_tasks(program, settings, scorer)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(json.dumps({name: _to_json(found) for name, found in scores.items()}, default=str))
     return scores

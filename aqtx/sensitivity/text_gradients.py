@@ -9,7 +9,7 @@ from aqtx.blockwise.backward import Backward
 from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.linear_rows import mixes_nothing
-from aqtx.machine.memory import free_bytes
+from aqtx.blockwise.work_size import activation_bytes, stream_bytes, tokens_at_once
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 from aqtx.registry import Context
@@ -27,22 +27,16 @@ def text_gradients(
     """
     nodes = frozenset(node for found in users.values() for node in found)
     blocks = split_blocks(program.graph, program.weights.specs)
-    together = max(TOKENS_PER_BATCH // ids.shape[1], 1) if mixes_nothing(nodes, blocks) else 1
+    together = (
+        max(min(tokens_at_once(program, blocks), TOKENS_PER_BATCH) // ids.shape[1], 1)
+        if mixes_nothing(nodes, blocks)
+        else 1
+    )
     sizes = [len(part) for part in ids.split(together)]
-    stream_bytes = len(blocks) * ids.numel() * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
-    rows_bytes = max(sum(_row_bytes(program, node, ids) for node in nodes & set(block.nodes)) for block in blocks)
-    on_disk = stream_bytes + rows_bytes > free_bytes(context.device) // 8
+    kept_bytes = len(blocks) * stream_bytes(program, ids.numel()) + activation_bytes(program, blocks) * ids.numel()
+    on_disk = kept_bytes > context.room() // 4
     with scratch_folder(context.work) as scratch:
         folder = scratch if on_disk else None
         runner = Runner(program, Stream(len(sizes), folder, keep=True), context.device, context.ranks)
         runner.start(ids, together)
         yield Backward(runner, blocks, nodes, sizes, folder)
-
-
-def _row_bytes(program: Program, node: fx.Node, ids: Tensor) -> int:
-    """What a linear's rows take, x counted for each."""
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    shape = program.weights.specs[str(weight.target)].shape
-    share = int(program.config.get("num_experts_per_tok") or 1) if len(shape) == 3 else 1
-    return ids.numel() * share * (shape[-1] + shape[-2]) * program.dtype.itemsize

@@ -1,0 +1,67 @@
+"""How much memory parts of a model take, from shapes alone: what decides whether something streams."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from aqtx.formats import parse
+from aqtx.program.blocks import Block
+from aqtx.program.program import Program
+from aqtx.program.site import LINEAR, weight_node
+
+ACTIVATION_BYTES = 256 << 20  # of one batch in one block, roughly: enough for full speed
+MAX_TOKENS = 8192
+
+
+def block_bytes(program: Program, block: Block) -> int:
+    """What a block's parameters take as they stand: packed where codes are packed."""
+    return parameter_bytes(program, {str(node.target) for node in block.parameters})
+
+
+def parameter_bytes(program: Program, names: Iterable[str]) -> int:
+    """What parameters take as they stand, buffers left out."""
+    sites = program.sites_by_weight() if program.emitted else {}
+    total = 0
+    for name in names:
+        spec = program.weights.specs.get(name)
+        for site in sites.get(name, []):
+            told = program.codes.format_of(site.name)
+            bits = parse(told).bits(site.shape) if told is not None else 8 * program.dtype.itemsize
+            total += int(site.numel * bits / 8)
+        if spec is not None and name not in sites:
+            total += spec.numel * spec.dtype.itemsize
+    return total
+
+
+def row_bytes(program: Program, node: fx.Node) -> int:
+    """What the inputs and outputs of a linear take for one token."""
+    weight = weight_node(node)
+    if weight is None or str(weight.target) not in program.weights.specs:
+        return 0
+    shape = program.weights.specs[str(weight.target)].shape
+    share = 1 if node.target is LINEAR else experts_per_token(program)
+    return share * (shape[-1] + shape[-2]) * program.dtype.itemsize
+
+
+def experts_per_token(program: Program) -> int:
+    """How many rows a token has inside the experts; 1 where the config does not tell."""
+    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k"):
+        if isinstance(program.config.get(key), int):
+            return max(int(program.config[key]), 1)
+    return 1
+
+
+def activation_bytes(program: Program, blocks: Sequence[Block]) -> int:
+    """What the linears of the widest block read and write for one token."""
+    return max((sum(row_bytes(program, node) for node in block.nodes) for block in blocks), default=0)
+
+
+def tokens_at_once(program: Program, blocks: Sequence[Block]) -> int:
+    """Tokens of one batch, a power of two by shapes alone: the same batches on every machine."""
+    fitting = max(ACTIVATION_BYTES // max(activation_bytes(program, blocks), 1), 1)
+    return min(1 << (fitting.bit_length() - 1), MAX_TOKENS)
+
+
+def stream_bytes(program: Program, num_tokens: int) -> int:
+    """What flows between two blocks for so many tokens."""
+    return num_tokens * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
