@@ -1,6 +1,6 @@
 """What a pass is, and the table of all passes by their recipe names."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -18,6 +18,13 @@ from aqtx.program.site import Site
 Item = TypeVar("Item")
 Stage = Literal["annotate", "plan", "rotate", "round", "emit", "train", "other"]
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Beside `str` in `Annotated`: the field holds a name of a table that grows as files are imported."""
+
+    names: Callable[[], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,10 @@ class Pass:
 
     def misfits(self, program: Program) -> list[str]:
         """What does not fit the model, as sentences: asked of all passes before the first one runs; reads no weight."""
+        return []
+
+    def misplaced(self, before: Sequence["Pass"], after: Sequence["Pass"]) -> list[str]:
+        """What its place among a recipe's passes leaves undone, as sentences: asked before a run; reads no model."""
         return []
 
     def find(self, program: Program) -> list[Site]:

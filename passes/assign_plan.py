@@ -1,12 +1,15 @@
 """`assign_plan`: a format for each site, under a budget."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from aqtx.errors import problems_of
+from aqtx.passes.insert_hadamard import InsertHadamard
 from aqtx.planning.decide import decide
 from aqtx.planning.manual import read_manual
-from aqtx.planning.options import DEGENERATE, choose
+from aqtx.planning.options import DEGENERATE, how_to_annotate, unmet
 from aqtx.planning.settings import Settings
 from aqtx.program.edits import QuantizeActivation
 from aqtx.program.plan import Plan
@@ -37,12 +40,26 @@ class AssignPlan(Settings, Pass):
 
     def misfits(self, program: Program) -> list[str]:
         """Selectors without a match, a manual plan that does not fit, codes in the place of weights."""
-        problems = problems_of(lambda: choose(program, self))
+        problems = unmet(program, self)
         if coded := program.config.get("quantization_config", {}).get("formats"):
             first, fmt = next(iter(coded.items()))
             problems.append(f"{len(coded)} sites are quantized already, first {first} ({fmt}): give the original model")
         if self.method == "manual":
             problems += problems_of(lambda: read_manual(self.plan, list(unique_sites(program))))
+        return problems
+
+    def misplaced(self, before: Sequence[Pass], after: Sequence[Pass]) -> list[str]:
+        """Annotations that no pass before it makes; rotations that no pass carries out before rounding."""
+        made = {name for step in before for name in step.annotates}
+        problems = [
+            f"method {self.method} needs {need}: {how_to_annotate(need)}" for need in self.needs if need not in made
+        ]
+        between = list(takewhile(lambda step: step.stage != "round", after))
+        turned = any(isinstance(step, InsertHadamard) and "plan" in step.before for step in between)
+        if self.rotate == "auto" and not turned:
+            problems.append(
+                "rotate auto: add `- insert_hadamard: {before: [plan]}` after `assign_plan`, before rounding"
+            )
         return problems
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:

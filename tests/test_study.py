@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from tiny import write_checkpoint
 
 import aqtx
@@ -14,12 +15,15 @@ from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.planning.arms import ARMS, StudySpec, arm_of
+from aqtx.planning.arms import Arm, StudySpec, arm_of
+from aqtx.planning.decide import decide
+from aqtx.planning.method import arms
 from aqtx.program.plan import Plan
 from aqtx.registry import Context
 from aqtx.report.write import write_report
 from aqtx.runs.recipe import Recipe, parse_recipe
 from aqtx.runs.schema import parse_fields
+from aqtx.study.correlate import correlations, held_out, measure_truth
 from aqtx.study.run import Study, study_recipe
 from aqtx.study.verdict import Point, study_json
 from aqtx.text.tokens import Document
@@ -39,7 +43,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     program = aqtx.trace(write_checkpoint(folder / "model"))
     g = torch.Generator().manual_seed(2)
     documents = [Document("noise", torch.randint(0, 192, (20,), generator=g)) for _ in range(12)]
-    ids = torch.randint(0, 192, (4, 24), generator=g)
+    ids = torch.randint(0, 192, (8, 24), generator=g)
     context = Context(quiet=True, load_calibration=lambda: ids)
     AnnotateAlpha().run(program, context)
     made = Study(recipe(folder / "model"), SPEC, folder, program, context, documents)
@@ -137,13 +141,37 @@ def test_mistakes_in_the_section_are_told_at_once() -> None:
     ]
     made, problems = parse_fields(StudySpec, {"method": ["alpha"]}, "study")
     assert made is None and "did you mean 'methods'" in problems[0]
-    assert set(ARMS) >= {"alpha", "alpha_reversed", "random", "uniform", "calibrated"}
+    assert set(arms()) >= {"alpha", "alpha_reversed", "random", "uniform", "calibrated"}
 
 
 def test_a_study_is_held_against_its_model_as_a_run_is(tmp_path: Path) -> None:
     source, output = write_checkpoint(tmp_path / "model"), tmp_path / "out"
-    passes = ["annotate_alpha", {"assign_plan": {"average_bits": 4.5, "keep": ["*.nowhere"]}}]
+    passes: list[Any] = ["annotate_alpha", {"assign_plan": {"average_bits": 4.5, "keep": ["*.nowhere"]}}]
     asked = {"version": 1, "model": {"source": str(source)}, "output": str(output), "passes": passes}
     with pytest.raises(InputError, match=r"passes.1.assign_plan: keep: '\*.nowhere' matches no site"):
         study_recipe(parse_recipe(asked), SPEC, quiet=True)
+    passes[1]["assign_plan"]["keep"] = ["router"]
+    with pytest.raises(InputError, match=r"study: average_bits 9 is above the largest possible, 8.2500"):
+        study_recipe(parse_recipe(asked), StudySpec(methods=("error",), average_bits=(4.5, 9.0)), quiet=True)
     assert not output.with_name("out.study").exists()
+
+
+def test_the_truth_is_measured_on_text_that_no_method_saw(study: Study) -> None:
+    """Trials of the method `trial` stay its own: where it was compared with itself, the correlation was 1."""
+    ids = torch.randint(0, 192, (6, 24), generator=torch.Generator().manual_seed(5))
+    seen, held = held_out(ids, 4)
+    assert len(seen) == len(held) == 3 and torch.equal(torch.cat([seen, held]), ids)
+    settings = AssignPlan(method="trial", candidates=("int3", "mxfp4"), average_bits=4.0, trial_sequences=2)
+    context = Context(quiet=True, load_calibration=lambda: seen)
+    decide(study.program, settings, context)
+    sites = {site.name: site.get("trial_loss") for site in study.program.sites()}
+    truth = measure_truth(study.program, settings, context, 60.0, held)
+    assert {site.name: site.get("trial_loss") for site in study.program.sites()} == sites
+    [row] = [
+        row for row in correlations(study.program, truth, [Arm("trial", 4.0, 0, settings)]) if row["method"] == "trial"
+    ]
+    own = [sites[site.name]["int3"] for site in truth.sites]
+    assert own != truth.loss and row["all"] == pytest.approx(float(spearmanr(own, truth.loss)[0]), abs=1e-4)
+    assert row["all"] < 1
+    with pytest.raises(InputError, match="text that no method saw"):
+        held_out(ids[:1], 4)

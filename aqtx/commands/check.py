@@ -12,9 +12,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from aqtx.runs.apply import program_of
-    from aqtx.runs.preflight import preflight
+    from aqtx.runs.preflight import preflight, unread
 
-    if problems := preflight(recipe, program_of(recipe)):
+    if problems := unread(recipe) + preflight(recipe, program_of(recipe)):
         raise InputError(*problems)
     steps = " -> ".join(step.name for step in recipe.passes)
     print(f"{arguments.recipe}: all right. {recipe.model.source}: {steps or 'no passes'}")

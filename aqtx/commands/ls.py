@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
+import typing
 
 from aqtx.commands import Command
 from aqtx.commands.tables import format_table
@@ -57,8 +58,10 @@ def _wrap(text: str, indent: int) -> list[str]:
 
 
 def _default(field: "dataclasses.Field[object]") -> str:
-    from aqtx.runs.schema import plain
+    from aqtx.runs.schema import describe, plain
 
+    if typing.get_origin(field.type) is typing.Annotated:
+        return f"{describe(field.type)} = {plain(field.default)!r}"
     kind = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type).replace("typing.", "")
     if field.default is not dataclasses.MISSING:
         return f"{kind} = {plain(field.default)!r}"
@@ -99,11 +102,36 @@ def list_models() -> str:
     return f"shipped: {', '.join(shipped())}\narchitectures (model_type in config.json): {', '.join(MODEL_TYPES)}"
 
 
-_LISTS = {"formats": list_formats, "models": list_models, "passes": list_passes, "recipes": list_recipes}
+def list_methods() -> str:
+    """Every method of `assign_plan` with what it needs, and the keys that it alone or few others read."""
+    from aqtx.planning.method import METHODS
+    from aqtx.planning.settings import Settings
+
+    blocks = []
+    for name, row in sorted(METHODS.items()):
+        wanted = [*row.needs, *(["calibration text"] if row.needs_text else [])]
+        size = {"required": "a budget", "optional": "a budget or none", "own": "no budget"}[row.budget]
+        keys = [key for key in Settings.__dataclass_fields__ if key in row.options]
+        lines = [
+            name,
+            *_wrap(f"{row.summary}.", 2),
+            f"    takes {size}{'; needs ' if wanted else ''}{', '.join(wanted)}",
+        ]
+        blocks.append("\n".join(lines + (_wrap(f"keys of its own: {', '.join(keys)}", 4) if keys else [])))
+    return "\n\n".join(blocks)
+
+
+_LISTS = {
+    "formats": list_formats,
+    "methods": list_methods,
+    "models": list_models,
+    "passes": list_passes,
+    "recipes": list_recipes,
+}
 
 COMMAND = Command(
     name="ls",
-    summary="list passes, formats, models or recipes",
+    summary="list passes, methods, formats, models or recipes",
     example="aqtx ls formats",
     add_arguments=add_arguments,
     run=run,

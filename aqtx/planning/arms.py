@@ -2,32 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from aqtx.errors import InputError, nearest
+from aqtx.planning.method import METHODS, arms
 from aqtx.planning.settings import Settings
 
-# arm -> the fields of `assign_plan` that make it; all others are the recipe's
-ARMS: dict[str, dict[str, Any]] = {
-    "alpha": {"method": "alpha"},
-    "alpha_reversed": {"method": "alpha", "direction": "high_alpha_high_bits"},
-    "alpha_strong": {"method": "alpha", "gamma": 2.0},
-    "alpha_strong_reversed": {"method": "alpha", "gamma": 2.0, "direction": "high_alpha_high_bits"},
-    "alpha_role": {"method": "alpha", "normalize": "category"},
-    "alphaq": {"method": "alphaq"},
-    "error": {"method": "error"},
-    "hessian": {"method": "hessian"},
-    "pmq": {"method": "pmq"},
-    "fisher": {"method": "fisher", "fisher_detail": "direction"},
-    "fisher_diagonal": {"method": "fisher", "fisher_detail": "element"},
-    "fisher_matrix": {"method": "fisher", "fisher_detail": "matrix"},
-    "trial": {"method": "trial"},
-    "calibrated": {"method": "calibrated"},
-    "uniform": {"method": "even"},  # two neighbouring formats, spread evenly, so that the bytes are equal
-    "random": {"method": "random"},
-}
-# a trial of every matrix takes long
-DEFAULT_ARMS = tuple(name for name in ARMS if name not in ("trial", "fisher_matrix"))
+# without the arms that take long, such as a trial of every matrix
+DEFAULT_ARMS = tuple(name for row in METHODS.values() for name in row.arms if name not in row.slow_arms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +33,9 @@ class StudySpec:
 
     def __post_init__(self) -> None:
         """Refuse unknown arms and empty lists, all at once."""
+        known = arms()
         names = [*self.methods, *([self.reference] if self.reference else [])]
-        problems = [f"methods: unknown {name!r}{nearest(name, ARMS)}" for name in names if name not in ARMS]
+        problems = [f"methods: unknown {name!r}{nearest(name, known)}" for name in names if name not in known]
         if not self.methods or not self.average_bits:
             problems.append("methods and average_bits: name at least one each")
         if self.random_seeds < 1 or self.trial_seconds < 0:
@@ -61,12 +43,17 @@ class StudySpec:
         if problems:
             raise InputError(*problems)
 
+    def keys(self, base: Settings) -> set[str]:
+        """The keys of `assign_plan` that the study reads: those of its arms, and for its trials of single matrices."""
+        return {"trial_sequences"}.union(*(arm.settings.row.keys for arm in self.arms(base)))
+
     def arms(self, base: Settings) -> list["Arm"]:
         """Every arm at every budget, repetitions included; the reference comes first."""
         reference = self.reference or arm_of(base)
+        made = arms()
         names = [reference, *(name for name in self.methods if name != reference)]
         return [
-            Arm(name, bits, seed, replace(_plain(base), **ARMS[name], average_bits=bits, seed=seed))
+            Arm(name, bits, seed, replace(_plain(base), **made[name], average_bits=bits, seed=seed))
             for bits in self.average_bits
             for name in names
             for seed in range(self.random_seeds if name == "random" else 1)
@@ -90,10 +77,10 @@ class Arm:
 
 def arm_of(base: Settings) -> str:
     """The arm that the recipe's own settings amount to; alpha where there is none."""
-    keys = {key for fields in ARMS.values() for key in fields}
-    own = {key: getattr(base, key) for key in keys}
-    fitting = [name for name, fields in ARMS.items() if fields.items() <= own.items()]
-    return max(fitting, key=lambda name: len(ARMS[name]), default="alpha")
+    made = arms()
+    own = {key: getattr(base, key) for keys in made.values() for key in keys}
+    fitting = [name for name, keys in made.items() if keys.items() <= own.items()]
+    return max(fitting, key=lambda name: len(made[name]), default="alpha")
 
 
 def _plain(base: Settings) -> Settings:

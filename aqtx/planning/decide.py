@@ -1,28 +1,26 @@
 """From settings to a plan."""
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.formats.table import parse
 from aqtx.numerics.allocate import Allocation, allocate
-from aqtx.planning.costs import COSTS
 from aqtx.planning.manual import Scheme, read_manual
-from aqtx.planning.measure import prepare
-from aqtx.planning.options import Division, Options, build_options, divide, limit
+from aqtx.planning.options import Division, build_options, divide, limit
+from aqtx.planning.question import Options
 from aqtx.planning.rotate import confirmed, measured
 from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
-from aqtx.planning.tiers import TIERS, honour_limits
 from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Context
-from aqtx.sensitivity.measured import Request
+from aqtx.sensitivity.measured import Request, measure
 from aqtx.sensitivity.selection import unique_sites
 
 
@@ -41,19 +39,15 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
         return Decision(_manual(program, division, settings), {})
     options = build_options(program, division, settings)
     budget = limit(program, options, settings)
-    if settings.method in TIERS:
-        if settings.groups and settings.method != "uniform":
-            raise InputError(f"method {settings.method} cannot honour groups; use alpha, error or uniform")
-        choice = honour_limits(TIERS[settings.method](options, settings, budget), options)
+    if settings.row.choose is not None:
+        choice = settings.row.choose(options, settings.own, budget)
         decision = Decision(_plan(program, division, options, settings, (choice, None, None)), {})
         return _rotated(decision, program, options, settings, context, choice)
-    seed = context.seed if settings.seed is None else settings.seed
-    costed = replace(settings, method=settings.base) if settings.method == "search" else settings
-    details = prepare(program, _requests(options), costed, context, seed)
-    cost = COSTS[costed.method](options.sites, options.formats, costed, seed)
+    cost, details = _costs(program, options, settings.costed, context)
     if settings.method == "search":
-        solve = partial(_allocate, cost, options, costed)
-        found, details["search"] = search(program, options, settings, context, solve)
+        found, details["search"] = search(
+            program, options, settings, context, partial(_allocate, cost, options, settings)
+        )
     elif settings.rotate == "auto":
         rotations = measured(program, _requests(options), settings, context)
         found, rotated = rotations.solve(cost, options.size, lambda joint: _allocate(joint, options, settings, budget))
@@ -65,6 +59,18 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
         found = _allocate(cost, options, settings, budget)
     decision = Decision(_plan(program, division, options, settings, (found.choice, cost, found)), details)
     return _rotated(decision, program, options, settings, context, found.choice)
+
+
+def _costs(program: Program, options: Options, settings: Settings, context: Context) -> tuple[Tensor, dict[str, Any]]:
+    """Costs [sites, formats], and what a report should tell of how they were measured; the seconds among it."""
+    row, own = settings.row, settings.own
+    assert row.cost is not None
+    seed = context.seed if settings.seed is None else settings.seed
+    started = time.perf_counter()
+    measure(program, context.progress(_requests(options), description="measured error"))
+    details = {} if row.measure is None else row.measure(program, _requests(options), own, context, seed)
+    details["seconds"] = round(time.perf_counter() - started, 2)
+    return row.cost(options.sites, options.formats, own, seed), details
 
 
 def _rotated(
@@ -89,13 +95,10 @@ def _requests(options: Options) -> list[Request]:
 
 
 def _allocate(cost: Tensor, options: Options, settings: Settings, budget: float | None) -> Allocation:
-    size = options.size * options.share[:, None]
-    if settings.method == "alphaq":  # counts every matrix once, at its nominal bits
-        size = torch.tensor([[float(fmt.element.bits) for fmt in options.formats]]).repeat(len(options.sites), 1)
-        budget = float(settings.average_bits or 0.0) * len(options.sites)
     if budget is None:
         raise InputError(f"method {settings.method} needs average_bits or budget_bytes")
-    return allocate(cost, size, budget, exact=settings.prove or None, groups=options.groups, allowed=options.allowed)
+    exact = settings.prove or None
+    return allocate(cost, options.counted, budget, exact=exact, groups=options.groups, allowed=options.allowed)
 
 
 def _plan(

@@ -5,37 +5,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, problems_of
 from aqtx.formats.table import Format, parse
 from aqtx.numerics.allocate import least_size
 from aqtx.planning.groups import group_numbers
+from aqtx.planning.question import Options
 from aqtx.planning.settings import Settings
 from aqtx.program.accounting import kept_bytes
 from aqtx.program.program import Program
 from aqtx.program.roles import select
 from aqtx.program.site import Site
+from aqtx.registry import annotator
 from aqtx.sensitivity.selection import unique_sites
 
-_ALPHA_METHODS = ("alpha", "alphaq", "ratio", "threshold")
 DEGENERATE = "its alpha is degenerate"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The decision to take. Tables are [sites, formats]."""
-
-    sites: list[Site]
-    formats: list[Format]
-    size: Tensor  # stored bytes
-    allowed: Tensor  # bool
-    groups: list[int]
-    share: Tensor  # [sites] share of the tokens that read a site; 1 under the storage cost model
-
-    @property
-    def numel(self) -> Tensor:
-        """Weights of each site."""
-        return torch.tensor([site.numel for site in self.sites], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -48,14 +32,20 @@ class Division:
     chosen: dict[str, dict[str, str]]  # field -> site -> the selector that chose it
 
 
-def divide(program: Program, settings: Settings) -> Division:
-    """Which sites are decided."""
+def divide(program: Program, settings: Settings, *, measured: bool = True) -> Division:
+    """Which sites are decided. Where nothing is `measured` yet, none is left out for what it was found to be.
+
+    Raises:
+        InputError: selectors match nothing, or an earlier pass has not annotated what the method needs.
+    """
     sites, chosen = unique_sites(program), choose(program, settings)
     kept = {name: f"kept by {by!r}" for name, by in chosen["keep"].items() if name not in chosen["pins"]}
     rest = [site for name, site in sites.items() if name not in kept]
-    method = settings.base if settings.method == "search" else settings.method
-    degenerate = _degenerate(rest) if method in _ALPHA_METHODS else {}
-    return Division([site for site in rest if site.name not in degenerate], kept, degenerate, chosen)
+    degenerate = _degenerate(rest, settings.needs) if measured else {}
+    planned = [site for site in rest if site.name not in degenerate]
+    if measured:
+        _require(planned, settings.needs)
+    return Division(planned, kept, degenerate, chosen)
 
 
 def choose(program: Program, settings: Settings) -> dict[str, dict[str, str]]:
@@ -75,26 +65,57 @@ def choose(program: Program, settings: Settings) -> dict[str, dict[str, str]]:
     return chosen
 
 
-def _degenerate(sites: list[Site]) -> dict[str, str]:
+def _degenerate(sites: list[Site], needs: tuple[str, ...]) -> dict[str, str]:
     """Sites without an alpha to go by: they are never sorted among the others."""
-    missing = [site.name for site in sites if site.get("alpha_info") is None]
-    if missing:
-        raise InputError(
-            f"{len(missing)} sites have no alpha, first {missing[0]!r}: add `- annotate_alpha` before `assign_plan`"
-        )
-    return {
-        site.name: f"{DEGENERATE}: {site.get('alpha_info')['reason']}" for site in sites if site.get("alpha") is None
-    }
+    if "alpha" not in needs:
+        return {}
+    without = [(site, site.get("alpha_info")) for site in sites if site.get("alpha") is None]
+    return {site.name: f"{DEGENERATE}: {info['reason']}" for site, info in without if info is not None}
+
+
+def _require(sites: list[Site], needs: tuple[str, ...]) -> None:
+    for need in needs:
+        missing = [site.name for site in sites if site.get(need) is None]
+        if missing:
+            raise InputError(f"{len(missing)} sites have no {need}, first {missing[0]!r}: {how_to_annotate(need)}")
+
+
+def how_to_annotate(need: str) -> str:
+    """What to add to a recipe, so that sites have an annotation."""
+    made_by = annotator(need)
+    return f"add `- {made_by.name}` before `assign_plan`" if made_by else f"no pass makes the annotation {need}"
 
 
 def build_options(program: Program, division: Division, settings: Settings) -> Options:
     """Sizes and constraints of the planned sites."""
     sites, formats = division.planned, settings.formats
     size = torch.tensor([[fmt.num_bytes(site.shape) for fmt in formats] for site in sites], dtype=torch.float64)
-    share = torch.tensor([_share(program, site, settings) for site in sites], dtype=torch.float64)
+    size = size.reshape(len(sites), len(formats))
+    if settings.row.nominal:
+        counted = torch.tensor([float(fmt.element.bits) for fmt in formats], dtype=torch.float64).repeat(len(sites), 1)
+        weights = 8.0 * len(sites)
+    else:
+        share = torch.tensor([_share(program, site, settings) for site in sites], dtype=torch.float64)
+        counted = size * share[:, None]
+        weights = float((torch.tensor([site.numel for site in sites], dtype=torch.float64) * share).sum())
     groups = group_numbers([site.name for site in sites], settings.groups)
     allowed = _allowed(division, formats, settings)
-    return Options(sites, formats, size.reshape(len(sites), len(formats)), allowed, groups, share)
+    options = Options(sites, formats, settings.num_candidates, size, allowed, groups, counted, weights)
+    _check_groups(options)
+    return options
+
+
+def _check_groups(options: Options) -> None:
+    """Refuse pins and limits that leave the sites of a group no format in common."""
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(options.groups):
+        members.setdefault(group, []).append(row)
+    torn = [rows for rows in members.values() if not bool(options.allowed[rows].all(0).any())]
+    if torn:
+        first, last = options.sites[torn[0][0]].name, options.sites[torn[0][-1]].name
+        raise InputError(
+            f"groups: pins, min_bits and max_bits leave {first} and {last} no common format ({len(torn)} such groups)"
+        )
 
 
 def _share(program: Program, site: Site, settings: Settings) -> float:
@@ -127,19 +148,18 @@ def _allowed(division: Division, formats: list[Format], settings: Settings) -> T
 
 
 def limit(program: Program, options: Options, settings: Settings) -> float | None:
-    """The bytes that the planned sites may take, None without a budget; InputError where none of the plans fits.
+    """The bytes, as the budget counts them, that the planned sites may take; None without a budget.
 
-    Under the `active` cost model bytes count by the share of tokens that read them.
+    Raises:
+        InputError: even the smallest plan is above it.
     """
-    size = options.size * options.share[:, None]
-    least = least_size(size, options.allowed, options.groups)
-    weights = float((options.numel * options.share).sum())
+    least = least_size(options.counted, options.allowed, options.groups)
     if settings.average_bits is not None:
-        budget = settings.average_bits * weights / 8
+        budget = settings.average_bits * options.weights / 8
         if budget < least:
             raise InputError(
-                f"average_bits {settings.average_bits:g} is below the smallest possible, {least * 8 / weights:.4f} "
-                f"(of {', '.join(fmt.name for fmt in options.formats)})"
+                f"average_bits {settings.average_bits:g} is below the smallest possible, "
+                f"{least * 8 / options.weights:.4f} (of {', '.join(fmt.name for fmt in options.formats)})"
             )
         return budget
     if settings.budget_bytes is None:
@@ -151,3 +171,29 @@ def limit(program: Program, options: Options, settings: Settings) -> float | Non
             f"{kept:,} for what is kept and {least:,.0f} for the planned sites"
         )
     return settings.budget_bytes - kept
+
+
+def unmet(program: Program, settings: Settings) -> list[str]:
+    """What a model's shapes alone say against settings: selectors, limits and budgets; reads no weight."""
+    found: list[Options] = []
+    problems = problems_of(lambda: found.append(_options_unmeasured(program, settings)))
+    if problems or settings.row.name == "manual" or not found[0].sites:
+        return problems
+    options = found[0]
+    problems = problems_of(lambda: limit(program, options, settings))
+    most = largest_size(options) * 8 / options.weights
+    if settings.average_bits is not None and settings.average_bits > most * (1 + 1e-9):
+        problems.append(
+            f"average_bits {settings.average_bits:g} is above the largest possible, {most:.4f} "
+            f"(of {', '.join(fmt.name for fmt in options.formats)})"
+        )
+    return problems
+
+
+def _options_unmeasured(program: Program, settings: Settings) -> Options:
+    return build_options(program, divide(program, settings, measured=False), settings)
+
+
+def largest_size(options: Options) -> float:
+    """Counted bytes of the largest plan; sites of a group need not agree in it."""
+    return float(torch.where(options.allowed, options.counted, 0.0).max(1).values.sum())

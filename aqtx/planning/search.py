@@ -9,12 +9,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from aqtx.errors import InputError
 from aqtx.numerics.allocate import Allocation, least_size
-from aqtx.planning.options import Options
+from aqtx.planning.options import largest_size
+from aqtx.planning.question import Options
 from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.registry import Context
@@ -29,15 +27,14 @@ def search(
     model = RoundedModel(program)
     before = mean_loss(model.use({}), ids)
     ceiling = before + math.log(settings.perplexity_ceiling)
-    size = options.size * options.share[:, None]
-    low, high = _ends(options, settings, size)
+    low, high = _ends(options, settings)
     tried: list[dict[str, Any]] = []
 
     def good(budget: float) -> Allocation | None:
         found = solve(budget)
         formats = {s.name: options.formats[i].name for s, i in zip(options.sites, found.choice.tolist(), strict=True)}
         loss = mean_loss(model.use(formats), ids)
-        bits = found.size * 8 / float((options.numel * options.share).sum())
+        bits = found.size * 8 / options.weights
         tried.append({"average_bits": bits, "perplexity_ratio": math.exp(loss - before), "accepted": loss <= ceiling})
         return found if loss <= ceiling else None
 
@@ -56,11 +53,8 @@ def search(
     return best, tried
 
 
-def _ends(options: Options, settings: Settings, size: Tensor) -> tuple[float, float]:
+def _ends(options: Options, settings: Settings) -> tuple[float, float]:
     """Bytes of the smallest plan that is wanted and of the largest there is."""
-    least = least_size(size, options.allowed, options.groups)
-    most = float(torch.where(options.allowed, size, 0.0).max(1).values.sum())
-    target = 0.0
-    if settings.average_bits is not None:
-        target = settings.average_bits * float((options.numel * options.share).sum()) / 8
-    return max(least, target), most
+    least = least_size(options.counted, options.allowed, options.groups)
+    target = 0.0 if settings.average_bits is None else settings.average_bits * options.weights / 8
+    return max(least, target), largest_size(options)

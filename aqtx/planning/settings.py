@@ -1,44 +1,20 @@
 """The fields of `assign_plan`, and what can be said against them without a model."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, Self
 
+import aqtx.planning.methods  # noqa: F401  (registers the methods)
+from aqtx.errors import InputError, nearest, problems_of
 from aqtx.formats.table import Format, parse
 from aqtx.numerics.hadamard import is_order
 from aqtx.planning.groups import group_problems
+from aqtx.planning.method import METHODS, Method
+from aqtx.registry import OneOf
 from aqtx.sensitivity.fisher import Detail
 from aqtx.sensitivity.selection import format_problems
 
-Method = Literal[
-    "alpha",
-    "error",
-    "alphaq",
-    "hessian",
-    "pmq",
-    "fisher",
-    "trial",
-    "calibrated",
-    "random",
-    "search",
-    "uniform",
-    "even",
-    "front_back",
-    "ratio",
-    "threshold",
-    "manual",
-]
-NEED_TEXT = ("hessian", "pmq", "fisher", "trial", "calibrated", "search")  # they look at calibration text
-BaseMethod = Literal["alpha", "error", "hessian", "pmq", "fisher", "trial", "calibrated"]
-DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
-_OWN_SIZE = ("ratio", "threshold", "manual")  # the size follows from the method's own fields
-_BUDGET_OPTIONAL = ("uniform", "front_back", "search")
-_DEFAULT_GAMMA = {"alpha": 0.25, "alphaq": 12.0}
-_DEFAULT_CANDIDATES = {
-    "ratio": ("mxfp4", "mxfp8", "bf16"),
-    "threshold": ("mxfp4", "mxfp8"),
-    "front_back": ("mxfp4", "mxfp8"),
-}
+_TOLD_APART = ("average_bits", "budget_bytes", "plan", "groups")  # given in vain, they are problems of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +22,7 @@ class Settings:
     """How to plan.
 
     Fields:
-        method: where the bits go.
-            These solve for the least cost under the budget, their costs stand in aqtx/sensitivity/costs.py:
-            `error` measured error alone, `alpha` weighted by alpha, `alphaq` the published objective with its
-            count of nominal bits, `hessian` error weighted by the inputs' strength, `pmq` by routing, `fisher`
-            (the default) the divergence that gradients predict, `trial` that of rounding each matrix alone,
-            `calibrated` error weighted by alpha fitted to this model, `random` a seeded baseline. `search`
-            lowers the bits of `base` as far as a perplexity ceiling allows.
-            These need no costs: `uniform` the largest candidate that fits, `even` two neighbouring formats
-            spread evenly, `front_back` one half of the depth above the other, `ratio` shares of the matrices
-            in order of alpha, `threshold` one alpha as the border, `manual` what a file says.
+        method: where the bits go; `aqtx ls methods` tells of each, and which of these keys it reads.
         candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
             `threshold` and `front_back` mxfp4, mxfp8.
         average_bits: stored bits per planned weight, scales included. Kept sites are outside it.
@@ -92,7 +59,7 @@ class Settings:
         plan: of `manual`: a JSON file or its content.
     """
 
-    method: Method = "fisher"
+    method: Annotated[str, OneOf(lambda: METHODS)] = "fisher"
     candidates: tuple[str, ...] | None = None
     average_bits: float | None = None
     budget_bytes: int | None = None
@@ -119,16 +86,51 @@ class Settings:
     trial_sequences: int = 4
     num_trials: int = 24
     fit_to: Literal["fisher", "trial"] = "fisher"
-    base: BaseMethod = "alpha"
+    base: Annotated[str, OneOf(lambda: [name for name, row in METHODS.items() if row.base and row.cost])] = "alpha"
     perplexity_ceiling: float = 1.05
     search_steps: int = 6
     plan: str | dict[str, Any] | None = None
 
     @property
+    def row(self) -> Method:
+        """What is known of the method.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if self.method not in METHODS:
+            raise InputError(f"method: unknown {self.method!r}{nearest(self.method, METHODS)}")
+        return METHODS[self.method]
+
+    @property
+    def rows(self) -> list[Method]:
+        """The method, and the one that plans for it, if any."""
+        return [self.row, *([METHODS[self.base]] if "base" in self.row.options else [])]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Annotations that an earlier pass must have made."""
+        return tuple(need for row in self.rows for need in row.needs)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is looked at."""
+        return any(row.needs_text for row in self.rows)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The values of the keys that the method reads: it is given no others."""
+        return {key: getattr(self, key) for key in sorted(self.row.keys)}
+
+    @property
+    def costed(self) -> Self:
+        """The settings by which sites get their costs: those of `base` where the method has none of its own."""
+        return replace(self, method=self.base) if "base" in self.row.options else self
+
+    @property
     def formats(self) -> list[Format]:
         """The candidates, smallest element first, then those that only a pin names."""
-        names = self.candidates or _DEFAULT_CANDIDATES.get(self.method, ("mxfp4", "mxfp6", "mxfp8"))
-        candidates = {parse(name).name: parse(name) for name in names}
+        candidates = self._candidates
         pinned = {parse(name).name: parse(name) for name in self.pins.values()}
         ordered = sorted(candidates.values(), key=lambda fmt: fmt.bits((4096, 4096)))
         return ordered + [fmt for name, fmt in pinned.items() if name not in candidates]
@@ -136,31 +138,52 @@ class Settings:
     @property
     def num_candidates(self) -> int:
         """How many of `formats` any site may take."""
-        names = self.candidates or _DEFAULT_CANDIDATES.get(self.method, ("mxfp4", "mxfp6", "mxfp8"))
-        return len({parse(name).name for name in names})
+        return len(self._candidates)
+
+    @property
+    def _candidates(self) -> dict[str, Format]:
+        names = self.candidates if self.candidates is not None else self.row.candidates
+        return {parse(name).name: parse(name) for name in names}
 
     @property
     def kept_selectors(self) -> tuple[str, ...]:
         """What stays as it is."""
-        if self.keep is not None:
-            return self.keep
-        return () if self.method == "manual" else DEFAULT_KEEP
-
-    @property
-    def strength(self) -> float:
-        """Gamma with its default, negative where high alphas earn bits."""
-        gamma = self.gamma if self.gamma is not None else _DEFAULT_GAMMA.get(self.method, 0.0)
-        return gamma if self.direction == "low_alpha_high_bits" else -gamma
+        return self.row.keep if self.keep is None else self.keep
 
     def without_text(self) -> Self:
         """The same by a method that looks at no text: to it all Gaussian matrices are alike, as to the error."""
-        return replace(self, method="error") if self.method in NEED_TEXT else self
+        return replace(self, method="error") if self.needs_text else self
+
+    def unread(self, also: Collection[str] = ()) -> list[str]:
+        """A sentence for each key that differs from its default although the method does not read it.
+
+        Args:
+            also: keys that something else reads.
+        """
+        read = {key for row in self.rows for key in row.keys} | set(also) | set(_TOLD_APART)
+        if self.rotate == "none":
+            read.discard("rotation_block")
+        given = [item.name for item in fields(Settings) if item.name not in read and not self._is_default(item.name)]
+        return [f"{key}: {self._who_reads(key)}" for key in given]
+
+    def _is_default(self, key: str) -> bool:
+        item = Settings.__dataclass_fields__[key]
+        value = getattr(self, key)
+        return bool(value == (item.default_factory() if callable(item.default_factory) else item.default))
+
+    def _who_reads(self, key: str) -> str:
+        if key == "rotation_block":
+            return "nothing reads it where rotate is none"
+        readers = [name for name, row in sorted(METHODS.items()) if key in row.keys]
+        return f"method {self.method} does not read it; {', '.join(readers) or 'none'} would"
 
     def problems(self) -> list[str]:
         """What is wrong, in sentences."""
         formats = (*(self.candidates or ()), *self.pins.values())
         if self.activations != "none":
             formats = (*formats, self.activations)
+        if unknown := problems_of(lambda: self.rows):
+            return unknown
         return [
             *format_problems(formats, "a format of the plan"),
             *group_problems(self.groups),
@@ -169,18 +192,17 @@ class Settings:
 
     def _field_problems(self) -> Iterable[str]:
         yield from self._budget_problems()
-        if self.candidates is not None and not self.candidates:
-            yield "candidates is empty; name at least one format."
+        yield from self._candidate_problems()
         if self.gamma is not None and self.gamma < 0:
             yield "gamma is negative; set direction to reverse it."
         if min(self.mxfp4_ratio, self.bf16_ratio) < 0 or self.mxfp4_ratio + self.bf16_ratio > 1:
             yield "mxfp4_ratio and bf16_ratio are shares: neither is negative and together they are at most 1."
         if self.method == "threshold" and self.alpha_threshold is None:
             yield "method threshold needs alpha_threshold."
-        if (self.method == "manual") != (self.plan is not None):
+        if ("plan" in self.row.options) != (self.plan is not None):
             yield "plan, a JSON file or its content, goes with method manual and only with it."
-        if self.rotate == "auto" and self.method == "manual":
-            yield "rotate auto goes with methods that decide; for manual name the sites to insert_hadamard."
+        if self.rotate == "auto" and "rotate" not in self.row.keys:
+            yield f"rotate auto goes with methods that decide; for {self.method} name the sites to insert_hadamard."
         if self.rotation_block < 2 or not is_order(self.rotation_block):
             yield f"rotation_block: no Hadamard matrix of order {self.rotation_block} is known; take 16, 32, 64 or 128."
         for key in ("fisher_sequences", "trial_sequences", "num_trials", "search_steps"):
@@ -188,20 +210,42 @@ class Settings:
                 yield f"{key} is below 1."
         if self.perplexity_ceiling < 1:
             yield "perplexity_ceiling is a multiple of the model's own perplexity: at least 1."
+        yield from self._limit_problems()
+
+    def _limit_problems(self) -> Iterable[str]:
         for key, bits in (self.min_bits | self.max_bits).items():
             if not 0 < bits <= 16:
                 yield f"min_bits and max_bits: {key!r} has {bits:g} bits, which no format has."
+        for key in self.min_bits.keys() & self.max_bits.keys():
+            if self.min_bits[key] > self.max_bits[key]:
+                yield f"min_bits of {key!r}, {self.min_bits[key]:g}, is above its max_bits, {self.max_bits[key]:g}."
+
+    def _candidate_problems(self) -> Iterable[str]:
+        counts = self.row.counts
+        if self.candidates is not None and not self.candidates:
+            yield "candidates is empty; name at least one format."
+        elif counts and not format_problems(self.candidates or (), "") and self.num_candidates not in counts:
+            wanted = " or ".join(map(str, counts))
+            yield f"method {self.method} needs {wanted} candidates, there are {self.num_candidates}."
+        elif self.method == "ratio" and self.bf16_ratio > 0 and self.candidates and len(self.candidates) == 2:
+            yield "bf16_ratio: a top tier needs three candidates."
+        if self.groups and self.row.choose is not None and not self.row.honours_groups:
+            able = [name for name, row in sorted(METHODS.items()) if "groups" in row.keys]
+            yield f"method {self.method} cannot honour groups; {', '.join(able)} can."
 
     def _budget_problems(self) -> Iterable[str]:
+        row = self.row
         given = [key for key in ("average_bits", "budget_bytes") if getattr(self, key) is not None]
         if len(given) == 2:
             yield "average_bits and budget_bytes are both given; exactly one is."
-        if self.method in _OWN_SIZE and given:
+        if row.budget == "own" and given:
             yield f"method {self.method} takes no {given[0]}: its own fields decide the size."
-        if self.method not in (*_OWN_SIZE, *_BUDGET_OPTIONAL) and not given:
+        if row.budget == "required" and not given:
             yield f"method {self.method} needs average_bits or budget_bytes."
-        if self.method == "alphaq" and self.budget_bytes is not None:
-            yield "method alphaq counts nominal bits per matrix: give average_bits."
+        if self.method == "uniform" and not given and (self.candidates is None or len(self.candidates) > 1):
+            yield "method uniform needs average_bits or budget_bytes to choose among several candidates."
+        if row.nominal and self.budget_bytes is not None:
+            yield f"method {self.method} counts nominal bits per matrix: give average_bits."
         if self.cost_model == "active" and self.budget_bytes is not None:
             yield "cost_model active counts bytes read per token, not stored ones: give average_bits."
         for key in given:

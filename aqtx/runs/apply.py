@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from aqtx.registry import PASSES, Context, Pass, Refusal
 from aqtx.runs.directory import RunDirectory
 from aqtx.runs.fingerprint import code_hash, first_difference, ids_hash, source_hashes, text_hashes, versions
 from aqtx.runs.pipeline import Run
-from aqtx.runs.preflight import preflight
+from aqtx.runs.preflight import preflight, unread
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
@@ -97,6 +98,8 @@ class _Runner:
         self.program = program_of(recipe)
         if problems := preflight(recipe, self.program):
             raise InputError(*problems)
+        for sentence in unread(recipe):
+            warnings.warn(sentence, stacklevel=2)
         self.ranks = ranks
         work = self.ranks.own_folder(directory.work)
         self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not ranks.leads)

@@ -1,12 +1,21 @@
 """What can be known to go wrong before a run begins: told at once, not after an hour of work."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from aqtx.errors import problems_of
+from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
+from aqtx.registry import Pass
 from aqtx.runs.pipeline import misfits
 from aqtx.runs.recipe import Recipe
 from aqtx.text.sources import check_source
+
+_FOLLOWED_BY: dict[str, str] = {"plan": "round", "round": "emit"}
+_ADD = {
+    "round": "nothing rounds what it plans: add `- gptq` or `- quantize` after it",
+    "emit": "its codes are not emitted: add `- emit` as the last pass",
+}
 
 
 def preflight(recipe: Recipe, program: Program) -> list[str]:
@@ -16,7 +25,7 @@ def preflight(recipe: Recipe, program: Program) -> list[str]:
         recipe: validated by itself.
         program: its model.
     """
-    problems = misfits(program, recipe.passes)
+    problems = out_of_order(recipe.passes) + misfits(program, recipe.passes)
     if recipe.calibration.source != "ebss":
         problems += _named("calibration.source", problems_of(lambda: check_source(recipe.calibration.source)))
     spec = recipe.evaluate
@@ -26,6 +35,28 @@ def preflight(recipe: Recipe, program: Program) -> list[str]:
     if spec is not None and spec.include_path is not None and not Path(spec.include_path).is_dir():
         problems.append(f"evaluate.include_path: there is no folder {spec.include_path!r}")
     return problems
+
+
+def out_of_order(passes: Sequence[Pass]) -> list[str]:
+    """What the order of passes leaves undone, with their places: a plan nobody carries out, codes nobody emits."""
+    problems = []
+    for place, step in enumerate(passes):
+        before, after = passes[:place], passes[place + 1 :]
+        found = step.misplaced(before, after)
+        if step.stage in _FOLLOWED_BY and not any(later.stage == _FOLLOWED_BY[step.stage] for later in after):
+            found.append(_ADD[_FOLLOWED_BY[step.stage]])
+        problems += [f"passes.{place}.{step.name}: {problem}" for problem in found]
+    return problems
+
+
+def unread(recipe: Recipe) -> list[str]:
+    """Keys that are given and that no method of the recipe reads: told by `aqtx check`, a warning when it runs."""
+    return [
+        f"passes.{place}.{step.name}.{sentence}"
+        for place, step in enumerate(recipe.passes)
+        if isinstance(step, Settings)
+        for sentence in step.unread(recipe.study.keys(step) if recipe.study is not None else ())
+    ]
 
 
 def _named(key: str, problems: list[str]) -> list[str]:

@@ -1,9 +1,10 @@
 """Plain YAML values -> a typed dataclass, with every problem found in one go.
 
 A dataclass is its own schema: its fields are the allowed keys, their annotations the types, their defaults the
-defaults. The annotations understood are those that a recipe needs: bool, int, float, str, None, Literal, unions,
-tuples, lists, mappings with text keys, Any and nested dataclasses. A value is never coerced into another kind, save an
-integer into a number and a YAML list into a tuple: `seed: "7"` is an error, not a guess.
+defaults. The annotations understood are those that a recipe needs: bool, int, float, str, None, Literal, names of a
+table (`aqtx.registry.OneOf`), unions, tuples, lists, mappings with text keys, Any and nested dataclasses. A value is
+never coerced into another kind, save an integer into a number and a YAML list into a tuple: `seed: "7"` is an error,
+not a guess.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from aqtx.errors import InputError, nearest
 
@@ -41,7 +42,7 @@ def parse_fields(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T
     for key in values:
         if key not in fields:
             problems.append(f"{join(where, key)}: unknown key{nearest(str(key), fields) or _listing(fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     built: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values:
@@ -99,7 +100,7 @@ def _read_scalar(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{where}: expected a finite number, got {value}")
     elif type(value) is not kind:  # exact: true is not the integer 1
-        problems.append(f"{where}: expected {_describe(kind)}, got {_quote(value)}")
+        problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}")
     return value
 
 
@@ -113,7 +114,7 @@ def _read_union(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
         if _same_shape(value, arm):  # a mapping for a mapping: say what is wrong inside it, not "expected a mapping"
             problems.extend(found)
             return None
-    wording = _describe(kind)
+    wording = describe(kind)
     hint = nearest(value, _literals(arms)) if isinstance(value, str) else ""
     problems.append(f"{where}: expected {wording}, got {_quote(value)}{hint}")
     return None
@@ -133,14 +134,14 @@ def _read_literal(value: Any, kind: Any, where: str, problems: list[str]) -> Any
     choices = typing.get_args(kind)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         hint = nearest(value, [str(choice) for choice in choices]) if isinstance(value, str) else ""
-        problems.append(f"{where}: expected {_describe(kind)}, got {_quote(value)}{hint}")
+        problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}{hint}")
     return value
 
 
 def _read_sequence(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
     container, arms = typing.get_origin(kind), typing.get_args(kind)
     if not isinstance(value, (list, tuple)):
-        problems.append(f"{where}: expected {_describe(kind)}, got {_quote(value)}")
+        problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}")
         return value
     fixed = container is tuple and arms[-1] is not Ellipsis
     if fixed and len(value) != len(arms):
@@ -153,7 +154,7 @@ def _read_sequence(value: Any, kind: Any, where: str, problems: list[str]) -> An
 
 def _read_mapping(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{where}: expected {_describe(kind)}, got {_quote(value)}")
+        problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}")
         return value
     arm = typing.get_args(kind)[1]
     return {key: _read(item, arm, join(where, key), problems) for key, item in value.items()}
@@ -161,32 +162,44 @@ def _read_mapping(value: Any, kind: Any, where: str, problems: list[str]) -> Any
 
 def _read_dataclass(value: Any, kind: type, where: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{where}: expected {_describe(kind)}, got {_quote(value)}")
+        problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}")
         return value
     read, found = parse_fields(kind, value, where)
     problems.extend(found)
     return read
 
 
+def _read_named(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
+    return _read_literal(value, _choices(kind), where, problems)
+
+
+def _choices(kind: Any) -> Any:
+    """`Annotated[str, OneOf(...)]` as the Literal of the names that the table holds now."""
+    return Literal[tuple(sorted(kind.__metadata__[0].names()))]
+
+
 _READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
     Literal: _read_literal,
+    Annotated: _read_named,
     tuple: _read_sequence,
     list: _read_sequence,
     dict: _read_mapping,
 }
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
     """A type in the user's words: `int | None` is "an integer or null"."""
+    if typing.get_origin(kind) is Annotated:
+        kind = _choices(kind)
     origin, arms = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(arm) for arm in arms)
+        return " or ".join(describe(arm) for arm in arms)
     if origin is Literal:
         return ("one of " if len(arms) > 1 else "") + ", ".join(str(arm) for arm in arms)
     if origin in (tuple, list):
-        return "a list of " + ", ".join(_describe(arm) for arm in arms if arm is not Ellipsis)
+        return "a list of " + ", ".join(describe(arm) for arm in arms if arm is not Ellipsis)
     if origin is dict:
-        return f"a mapping to {_describe(arms[1])}"
+        return f"a mapping to {describe(arms[1])}"
     if dataclasses.is_dataclass(kind):
         return "a mapping with the keys " + ", ".join(field.name for field in dataclasses.fields(kind))
     return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

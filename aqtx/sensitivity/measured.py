@@ -23,6 +23,11 @@ def requests(sites: Iterable[Site], formats: Sequence[Format]) -> list[Request]:
     return [(site, formats) for site in sites]
 
 
+def smallest(wanted: Sequence[Request]) -> list[Request]:
+    """The same sites with the first of their formats only."""
+    return [(site, formats[:1]) for site, formats in wanted]
+
+
 def measure(program: Program, wanted: Iterable[Request]) -> None:
     """Annotate each site with its errors under the formats that it has no error of yet."""
     broken = []
@@ -74,6 +79,11 @@ def table(sites: Sequence[Site], formats: Sequence[Format], key: str) -> Tensor:
     """An annotation by format as [sites, formats]; NaN where nothing was measured."""
     rows = [[site.get(key, {}).get(fmt.name, float("nan")) for fmt in formats] for site in sites]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(sites), len(formats))
+
+
+def values(sites: Sequence[Site], key: str) -> Tensor:
+    """An annotation of all sites, [sites] float64."""
+    return torch.tensor([site.get(key) for site in sites], dtype=torch.float64)
 
 
 def error_table(sites: Sequence[Site], formats: Sequence[Format]) -> Tensor:

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
+from aqtx.errors import InputError
 from aqtx.formats import Format
 from aqtx.planning.arms import Arm
-from aqtx.planning.costs import COSTS
 from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Context
-from aqtx.sensitivity.measured import annotate
 from aqtx.sensitivity.trial import Trials
 
 
@@ -30,20 +30,33 @@ class Truth:
     format: Format
 
 
-def measure_truth(program: Program, settings: Settings, context: Context, seconds: float) -> Truth:
-    """Try sites in a seeded order, roles in turn, on the last calibration sequences, until the time is up."""
+def measure_truth(program: Program, settings: Settings, context: Context, seconds: float, ids: Tensor) -> Truth:
+    """Try sites in a seeded order, roles in turn, on text `ids` that no sensitivity has seen, until the time is up.
+
+    Nothing is annotated: a method that tries matrices itself is held against this, not replaced by it.
+    """
     sites, fmt = divide(program, settings).planned, settings.formats[0]
-    trials = Trials.prepare(program, context.calibration()[-settings.trial_sequences :])
+    trials = Trials.prepare(program, ids)
     found = Truth([], [], fmt)
     stop = time.perf_counter() + seconds
     for site in context.progress(_in_turns(sites, context.seed), description="trials"):
         if time.perf_counter() > stop:
             break
-        loss = trials.change(site, fmt, "loss")
-        annotate(site, "trial_loss", {fmt.name: loss})
         found.sites.append(site)
-        found.loss.append(loss)
+        found.loss.append(trials.change(site, fmt, "loss"))
     return found
+
+
+def held_out(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Calibration sequences for the sensitivities, and the last ones, at most half of them, for the truth.
+
+    Raises:
+        InputError: there is no text for one of the two.
+    """
+    count = min(count, len(ids) // 2)
+    if count < 1:
+        raise InputError(f"{len(ids)} calibration sequences cannot be split: a study ranks on text that no method saw")
+    return ids[:-count], ids[-count:]
 
 
 def _in_turns(sites: Sequence[Site], seed: int) -> list[Site]:
@@ -62,9 +75,10 @@ def correlations(program: Program, truth: Truth, arms: Sequence[Arm]) -> list[di
     """Spearman's rank correlation of each arm's cost with the truth: over all sites, and within roles on average."""
     rows = []
     for arm in {arm.name: arm for arm in arms}.values():
-        if arm.settings.method not in COSTS or len(truth.sites) < 3:
+        settings = arm.settings
+        if settings.row.cost is None or len(truth.sites) < 3:
             continue
-        costs = COSTS[arm.settings.method](truth.sites, [truth.format], arm.settings, arm.seed)
+        costs = settings.row.cost(truth.sites, [truth.format], settings.own, arm.seed)
         values = costs.flatten().tolist()
         rows.append({"method": arm.name, "all": _rank(values, truth.loss), "within_roles": _within(values, truth)})
     return rows + _alpha_rows(truth)

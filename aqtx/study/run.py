@@ -8,10 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.planning.arms import Arm, StudySpec
 from aqtx.planning.decide import decide
+from aqtx.planning.options import unmet
 from aqtx.planning.settings import Settings
 from aqtx.program.accounting import kept_bytes
 from aqtx.program.plan import Plan
@@ -23,7 +26,7 @@ from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import EvaluateSpec, Recipe
 from aqtx.runs.schema import plain
 from aqtx.sensitivity.rounded_model import RoundedModel
-from aqtx.study.correlate import Truth, correlations, measure_truth
+from aqtx.study.correlate import Truth, correlations, held_out, measure_truth
 from aqtx.study.verdict import Point, study_json, study_markdown
 from aqtx.text.tokens import Document, evaluation, load_tokenizer
 
@@ -51,7 +54,7 @@ class Study:
         before = self._scores(model, {}, "before")
         arms = self.spec.arms(settings)
         points = [self._point(model, arm) for arm in self.context.progress(arms, description="study")]
-        truth: Truth = measure_truth(self.program, settings, self.context, self.spec.trial_seconds)
+        truth: Truth = measure_truth(self.program, settings, self.context, self.spec.trial_seconds, self._texts[1])
         data = study_json(before, points, self.recipe.seed)
         data["correlations"] = correlations(self.program, truth, arms)
         data |= {
@@ -63,6 +66,16 @@ class Study:
         (self.directory / "study.json").write_text(json.dumps(data, indent=1) + "\n")
         (self.directory / "study.md").write_text(study_markdown(data))
         return data
+
+    @cached_property
+    def _texts(self) -> tuple[Tensor, Tensor]:
+        """Calibration sequences that methods see, and those that the truth is measured on."""
+        return held_out(self.context.calibration(), _settings(self.recipe).trial_sequences)
+
+    @cached_property
+    def _planning(self) -> Context:
+        """What methods are lent."""
+        return replace(self.context, load_calibration=lambda: self._texts[0], _calibration=None)
 
     @cached_property
     def _fingerprint(self) -> list[Any]:
@@ -82,21 +95,21 @@ class Study:
 
     def _plan(self, arm: Arm) -> tuple[Plan, dict[str, Any]]:
         """The arm's plan; one that counts nominal bits gets the nominal budget that comes closest to the real one."""
-        if arm.settings.method != "alphaq":
-            decision = decide(self.program, arm.settings, self.context)
+        if not arm.settings.row.nominal:
+            decision = decide(self.program, arm.settings, self._planning)
             return decision.plan, decision.details
         low, high, best = 0.0, arm.bits, None
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             try:
-                plan = decide(self.program, replace(arm.settings, average_bits=middle), self.context).plan
+                plan = decide(self.program, replace(arm.settings, average_bits=middle), self._planning).plan
             except InputError:  # below the cheapest plan
                 low = middle
                 continue
             fits = (plan.average_bits or 0.0) <= arm.bits
             low, high, best = (middle, high, plan) if fits else (low, middle, best)
         if best is None:
-            raise InputError(f"alphaq has no plan of at most {arm.bits:g} bits")
+            raise InputError(f"{arm.name} has no plan of at most {arm.bits:g} bits")
         return best, {}
 
     def _bytes(self, plan: Plan) -> int:
@@ -132,9 +145,13 @@ def _settings(recipe: Recipe) -> Settings:
 
 
 def _problems(recipe: Recipe, spec: StudySpec, program: Program) -> list[str]:
-    """What does not fit the model, told before an hour of work: by the recipe's own passes and by each budget."""
+    """What does not fit the model, by the recipe's own passes and by each arm: told before an hour of work."""
     passes = [step for step in recipe.passes if step.stage in ("annotate", "plan")]
-    return misfits(program, passes)
+    found = misfits(program, passes)
+    arms = [] if found else [arm for arm in spec.arms(_settings(recipe)) if not arm.settings.row.nominal]
+    return list(
+        dict.fromkeys(found + [f"study: {problem}" for arm in arms for problem in unmet(program, arm.settings)])
+    )
 
 
 def study_recipe(recipe: Recipe, spec: StudySpec, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
