@@ -1,5 +1,6 @@
 """Plans that a person wrote: layers, flat, and our own file."""
 
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 
 from aqtx.errors import InputError
-from aqtx.planning.manual import compact, expand, read_manual
+from aqtx.planning.manual import compact, expand, flatten, read_manual
 from aqtx.program.plan import Plan, PlanEntry
+from aqtx.program.roles import select
 
 NAMES = [
     *(f"model.layers.{layer}.self_attn.{p}_proj" for layer in (0, 1) for p in "qkvo"),
@@ -174,3 +176,50 @@ def test_what_is_wrong_for_many_sites_is_told_once() -> None:
         read_manual({"default": {"wq": "mxfp6", "extra": {"format": "e9m9"}}}, NAMES)
     [problem] = raised.value.problems
     assert problem.startswith(f"plan, {NAMES[0]} and {len(NAMES) - 1} more sites: extra.format 'e9m9'")
+
+
+ELEVEN = [f"model.layers.{layer}.mlp.gate" for layer in (1, 11, 21)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("1.mlp.gate", []),
+        ("mlp.gate", []),
+        ("layers.1.mlp.gate", []),
+        ("model.layers.1.mlp.gate", [1]),
+        ("model.layers.1.mlp", []),
+        ("*.1.mlp.gate", [1]),
+        ("*1.mlp.gate", [1, 11, 21]),
+        ("model.layers.?1.*", [11, 21]),
+        ("model.layers.[12]1.*", [11, 21]),
+        ("model?layers?1?mlp?gate", [1]),
+        ("Model.layers.1.mlp.gate", []),
+        (r"re:\.1\.mlp", [1]),
+        (r"re:1\.mlp\.gate", [1, 11, 21]),  # a regular expression is searched for
+    ],
+)
+def test_a_glob_is_for_whole_names_wherever_one_is_given(pattern: str, matched: list[int]) -> None:
+    names = [f"model.layers.{layer}.mlp.gate" for layer in matched]
+    if not pattern.startswith("re:"):
+        assert names == [name for name in ELEVEN if fnmatch.fnmatchcase(name, pattern)]
+    plan = {"default": {}, "overrides": [{"pattern": pattern, "wq": "int4"}]}
+    if names:
+        assert list(select(ELEVEN, [pattern], "keep")) == names
+        assert [name for name, keys in flatten(plan, ELEVEN).items() if "wq" in keys] == names
+        return
+    with pytest.raises(InputError, match=r"keep: .* matches no site"):
+        select(ELEVEN, [pattern], "keep")
+    with pytest.raises(InputError, match=r"plan.overrides.0: pattern .* matches no site"):
+        flatten(plan, ELEVEN)
+
+
+def test_the_end_of_a_name_is_met_with_the_pattern_that_was_meant() -> None:
+    with pytest.raises(InputError, match=r"before: '1.mlp.gate' matches no site, did you mean '\*1.mlp.gate'\?"):
+        select(ELEVEN, ["1.mlp.gate"], "before")
+
+
+def test_a_compact_plan_names_one_site_where_another_ends_alike() -> None:
+    names = ["gate", "a.gate", "b.gate"]
+    flat = {"gate": "int8", "a.gate": "int4", "b.gate": "int4"}
+    assert expand(compact(flat, names), names) == expand(flat, names)

@@ -23,7 +23,7 @@ from typing import Any
 from aqtx.errors import InputError, nearest
 from aqtx.planning.schemes import SCHEME_KEYS, SchemeReader
 from aqtx.program.plan import Plan
-from aqtx.program.roles import matcher
+from aqtx.program.roles import hint_for, matcher
 
 _REMARKS = ("summary", "search_summary", "comment")  # for people; nothing reads them
 _UNQUANTIZED = {"skip": True}
@@ -93,7 +93,7 @@ def _flatten_layers(data: dict[str, Any], names: Sequence[str]) -> dict[str, dic
         pattern = str(override.get("pattern", ""))
         hits = [name for name in names if matcher(pattern).search(name)]
         if not hits:
-            problems.append(f"{where}: pattern {pattern!r} matches no site{nearest(pattern, names)}")
+            problems.append(f"{where}: pattern {pattern!r} matches no site{hint_for(pattern, names)}")
         keys = {key: value for key, value in override.items() if key != "pattern"}
         if "wq" in keys:
             keys.setdefault("skip", False)

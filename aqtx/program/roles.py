@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from aqtx.errors import InputError, nearest
 
@@ -41,11 +41,21 @@ def layer_of(site: str) -> int | None:
 
 
 def matcher(pattern: str) -> re.Pattern[str]:
-    """A glob over whole site names, where `*` crosses dots, or a regular expression behind `re:`."""
+    """For `search`: a glob over whole site names, where `*` crosses dots, or a regular expression behind `re:`.
+
+    A glob starts where the name does: `1.mlp.gate` is no name of a site in layer 11.
+    """
     try:
-        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+        return re.compile(pattern[3:] if pattern.startswith("re:") else rf"\A{fnmatch.translate(pattern)}")
     except re.error as error:
         raise InputError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def hint_for(pattern: str, names: Sequence[str], words: Iterable[str] = ()) -> str:
+    """What somebody may have meant by a pattern that matches none of the names."""
+    if not pattern.startswith("re:") and any(matcher(f"*{pattern}").search(name) for name in names):
+        return f", did you mean '*{pattern}'? A pattern is for whole names"
+    return nearest(pattern, words) or nearest(pattern, names) or (f", the first site is {names[0]!r}" if names else "")
 
 
 def select(names: Iterable[str], selectors: Iterable[str], where: str) -> dict[str, str]:
@@ -66,7 +76,7 @@ def select(names: Iterable[str], selectors: Iterable[str], where: str) -> dict[s
                 continue
             hits = [name for name in names if pattern.search(name)]
             if not hits:
-                hint = nearest(selector, [*GROUPS, *CATEGORIES]) or f"; the first site is {names[0]!r}" if names else ""
+                hint = hint_for(selector, names, [*GROUPS, *CATEGORIES])
                 problems.append(f"{where}: {selector!r} matches no site{hint}")
         chosen.update(dict.fromkeys(hits, selector))
     if problems:
