@@ -155,8 +155,10 @@ def test_hub_names_come_from_the_cache(olmoe: Path, tmp_path: Path, monkeypatch:
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     snapshot.mkdir(parents=True)
-    for file in olmoe.iterdir():
-        (snapshot / file.name).symlink_to(file)
+    (repository / "blobs").mkdir()
+    for place, file in enumerate(olmoe.iterdir()):
+        (repository / "blobs" / f"{place}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{place}")
     assert locate("someone/tiny") == snapshot
     CheckpointReader(snapshot).check(shapes_of(snapshot))
 

@@ -34,7 +34,8 @@ def test_files_appear_only_when_the_run_is_complete(tmp_path):
 def test_checksums_name_every_file(tmp_path):
     output = tmp_path / "run"
     finished(output)
-    assert json.loads((output / CHECKSUMS).read_text()) == {"report.json": sha256(output / "report.json")}
+    named = ("fingerprint.json", "report.json")
+    assert json.loads((output / CHECKSUMS).read_text()) == {name: sha256(output / name) for name in named}
 
 
 def test_an_output_that_holds_files_is_refused_and_left_alone(tmp_path):
@@ -79,6 +80,7 @@ def test_a_swap_that_fails_leaves_the_old_run(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         run.finish()
     assert (tmp_path / "run" / "report.json").read_text() == "old"
+    run.release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial"]
 
 

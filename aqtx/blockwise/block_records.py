@@ -5,13 +5,11 @@ there. Records are written under a second name and renamed, so a record is whole
 its own checksum. What came before the first block without a record is not computed again.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqtx.errors import InputError
+from aqtx.machine.files import read_record, write_record
 from aqtx.program.codes import CODES
 from aqtx.program.program import Program
 
@@ -40,10 +38,8 @@ class BlockRecords:
         if self.work is None:
             return
         told = self.program.codes.to_json()
-        body = json.dumps({"codes": {site: told[site] for site in sites}, "payload": payload})
-        staged = self._folder / f"block-{index}.new"
-        staged.write_text(json.dumps({"sha256": _digest(body), "body": body}))
-        staged.rename(staged.with_suffix(".json"))
+        content = {"codes": {site: told[site] for site in sites}, "payload": payload}
+        write_record(self._folder / f"block-{index}.json", content)
 
     def load(self, index: int) -> dict[str, Any] | None:
         """What `save` was given, its codes restored to the program; None where the block is not finished.
@@ -54,19 +50,7 @@ class BlockRecords:
         file = self._folder / f"block-{index}.json" if self.work is not None else None
         if file is None or self.work is None or not file.exists():
             return None
-        try:
-            record = json.loads(file.read_text())
-            body = record["body"]
-            intact = record["sha256"] == _digest(body)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            intact = False
-        if not intact:
-            raise InputError(f"{file}: resume data is damaged (its SHA-256 differs); start again with --overwrite")
-        found = json.loads(body)
+        found = read_record(file)
         self.program.codes.restore(found["codes"], self.work / CODES)
         payload: dict[str, Any] = found["payload"]
         return payload
-
-
-def _digest(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()

@@ -48,7 +48,7 @@ def export_dequantized(source: str | Path, directory: str | Path, *, dtype: torc
     make_folder(directory)
     if any(directory.iterdir()):
         raise InputError(f"{directory}: the folder is not empty; name another one")
-    program = open_program(source, None)
+    program = open_program(source, None, check_files=True)
     config = {key: value for key, value in program.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if supported(config):

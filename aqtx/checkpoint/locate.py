@@ -1,13 +1,34 @@
 """Find a checkpoint: a local folder, a model shipped with aqtx, or a name on the Hugging Face hub."""
 
 import re
+from functools import partial
 from pathlib import Path
 
-from aqtx.errors import InputError, nearest
+from aqtx.errors import InputError, nearest, problems_of
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _SHIPPED = Path(__file__).resolve().parents[1] / "models"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """The file with links resolved; links may stay in the folder, or lead to the blobs of the hub's cache.
+
+    Raises:
+        InputError: a link leaves the folder.
+    """
+    real, root = file.resolve(), folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    if real.is_relative_to(root) or real.is_relative_to(blobs):
+        return real
+    raise InputError(f"{file} is a link that leaves the checkpoint folder; put the file itself there")
+
+
+def refuse_links(folder: Path) -> None:
+    """InputError for every link of a checkpoint folder that leaves it."""
+    problems = [problem for file in sorted(folder.iterdir()) for problem in problems_of(partial(inside, folder, file))]
+    if problems:
+        raise InputError(*problems)
 
 
 def shipped() -> dict[str, Path]:
@@ -22,7 +43,8 @@ def locate(source: str | Path) -> Path:
         InputError: nothing of that name is here, and the hub has it not or cannot be reached.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if _is_folder(folder):
+        refuse_links(folder)
         return folder
     own = shipped()
     if str(source) in own:
@@ -33,6 +55,13 @@ def locate(source: str | Path) -> Path:
             f"model {str(source)!r} is neither a folder nor a shipped model ({names}){nearest(str(source), own)}"
         )
     return _from_hub(str(source), names)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long for the file system, a null byte
+        raise InputError(f"model {str(path)[:80]!r} is no name of a folder: {error}") from None
 
 
 def _from_hub(name: str, names: str) -> Path:

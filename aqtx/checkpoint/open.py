@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aqtx.checkpoint.checks import read_quantization, verify
 from aqtx.checkpoint.huggingface.open import foreign_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.reader import CheckpointReader
@@ -48,21 +49,31 @@ def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     return build_program(lambda: blank, source, config=dict(config), dtype=dtype, buffers=buffers)
 
 
-def load(directory: str | Path) -> Program:
-    """Open a checkpoint folder that `save` or `aqtx apply` wrote; logits are bit-equal to those before saving."""
-    return open_program(directory, None)
+def load(directory: str | Path, *, verify: bool = False) -> Program:
+    """Open a checkpoint folder that `save` or `aqtx apply` wrote; logits are bit-equal to those before saving.
+
+    `verify` also compares every file with its SHA-256 in checksums.json, which reads all of them.
+    """
+    return open_program(directory, None, check_files=verify)
 
 
-def open_program(source: str | Path, dtype: torch.dtype | None, *, config_only: bool = False) -> Program:
-    """A Program over a checkpoint: local folder, shipped name or hub name, quantized or not."""
+def open_program(
+    source: str | Path, dtype: torch.dtype | None, *, config_only: bool = False, check_files: bool = False
+) -> Program:
+    """A Program over a checkpoint: local folder, shipped name or hub name, quantized or not.
+
+    `check_files` compares every file with the checksum that was written beside it, where there is one.
+    """
     folder = locate(source)
     config = load_config(folder)
+    formats, edits = read_quantization(config, folder)
+    if check_files:
+        verify(folder)
     if config_only:
         return _without_weights(config, dtype, folder)
     reader = CheckpointReader(folder)
     dtype = dtype or reader.dtype()
-    quantization = config.get("quantization_config", {})
-    weights = CheckpointSource(reader, quantization.get("formats", {}), dtype)
+    weights = CheckpointSource(reader, formats, dtype)
     if supported(config):
         program = build_program(lambda: build(config), weights, config=config, dtype=dtype, folder=folder)
         tied = program.weights.tied
@@ -74,7 +85,7 @@ def open_program(source: str | Path, dtype: torch.dtype | None, *, config_only: 
     else:
         program = trace_foreign(config, foreign_source(reader, config, dtype, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
-    program.edit(*map(edit_from_json, quantization.get("edits", [])))
+    program.edit(*map(edit_from_json, edits))
     return program
 
 

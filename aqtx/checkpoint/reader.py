@@ -4,25 +4,27 @@ Headers are read here rather than through the library, so that shapes, dtypes an
 known before any tensor is touched. Pickled `.bin` files are refused: they can run code.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aqtx.checkpoint.header import Entry, read_header
+from aqtx.checkpoint.locate import inside
 from aqtx.errors import InputError
 from aqtx.formats.decode import PARTS
+from aqtx.machine.files import read_json
 from aqtx.program.names import NamesTable, Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LISTED = 20  # problems of one kind that are told one by one
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
 _CONVERT = (
     "{folder} holds pickled weights ({name}), which can run code when they are read; convert them in a place you "
     'trust: python -c "from transformers import AutoModelForCausalLM as M; '
@@ -30,13 +32,13 @@ _CONVERT = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies, and what it is, as the file's header says."""
-
-    file: Path
-    dtype: str  # safetensors' name: BF16, F32, U8, ...
-    shape: Shape
+def declared_dtype(config: Any, folder: Path) -> torch.dtype:
+    """The dtype that config.json names, bfloat16 where it names none."""
+    found = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+    dtype = DTYPES.get(str(found or "bfloat16").removeprefix("torch."))
+    if dtype is None:
+        raise InputError(f"{folder / 'config.json'}: dtype {found!r:.80} is none of {', '.join(DTYPES)}")
+    return dtype
 
 
 class CheckpointReader:
@@ -45,7 +47,9 @@ class CheckpointReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
+        self._states: dict[Path, tuple[int, int, int] | None] = {}  # of the files, when their headers were read
         for file, wanted in _shards(self.folder).items():
+            self._states[file] = _state(inside(self.folder, file))
             header = read_header(file)
             lost = [] if wanted is None else sorted(wanted - header.keys())
             if lost:
@@ -67,6 +71,8 @@ class CheckpointReader:
         if key not in self.entries:
             raise InputError(f"{self.folder}: tensor {key} is missing")
         file = self.entries[key].file
+        if _state(file) != self._states[file]:  # a mapped file that was cut short would end the process
+            raise InputError(f"{file} was changed while it was being read; restore it, or start again")
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
         tensor: Tensor = self._open[file].get_tensor(key)
@@ -75,10 +81,7 @@ class CheckpointReader:
     def dtype(self) -> torch.dtype:
         """The dtype of most weights; of a quantized checkpoint the one that config.json declares."""
         if any(key.endswith(".qdata") for key in self.entries):
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            declared = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-            dtype: torch.dtype = getattr(torch, declared.removeprefix("torch."))
-            return dtype
+            return declared_dtype(read_json(self.folder / "config.json"), self.folder)
         sizes: Counter[str] = Counter()
         for entry in self.entries.values():
             sizes[entry.dtype] += math.prod(entry.shape)
@@ -121,37 +124,24 @@ class CheckpointReader:
             raise InputError(*problems)
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """Keys, dtypes and shapes of a safetensors file, whose length must be what its header says."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        size = file.stat().st_size
-        if len(prefix) < 8 or length > size - 8:
-            raise InputError(f"{file} is truncated or no safetensors file")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise InputError(f"{file} is no safetensors file: its header is not JSON") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != 8 + length + end:
-        raise InputError(f"{file} is truncated: its header asks for {8 + length + end} bytes, the file has {size}")
-    return {key: Entry(file, entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """Size, time and inode: what changes when somebody writes to a file or puts another in its place."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """Files to read and the keys wanted of each, None for all."""
     if (folder / INDEX).is_file():
-        try:
-            places: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{folder / INDEX} holds no weight_map: {error}") from None
+        places = _weight_map(folder / INDEX)
         names = sorted(set(places.values()))
         leaving = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
         if leaving:
             raise InputError(*(f"{folder / INDEX}: shard {name!r} lies outside the folder" for name in leaving))
-        lost = [name for name in names if not (folder / name).is_file()]
+        lost = [name for name in names if not _is_file(folder / name)]
         if lost:
             raise InputError(*(f"{folder}: shard {name} is missing" for name in lost))
         return {folder / name: {key for key, place in places.items() if place == name} for name in names}
@@ -161,6 +151,25 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     if pickled:
         raise InputError(_CONVERT.format(folder=folder, name=pickled[0].name))
     raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    """Key -> shard, of an index."""
+    index = read_json(file)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{file} holds no weight_map: an object that maps each tensor to its file")
+    wrong = [key for key, name in places.items() if not isinstance(name, str) or not name]
+    if wrong:
+        raise InputError(f"{file}: the file of tensor {wrong[0]} must be a name, not {places[wrong[0]]!r:.80}")
+    return places
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # no name that a file system takes
+        return False
 
 
 def _ignorable(key: str) -> bool:

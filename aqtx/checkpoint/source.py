@@ -8,8 +8,6 @@ from aqtx.formats import MixedExperts, QuantizedTensor
 from aqtx.formats.decode import PARTS
 from aqtx.program.names import expert_key, is_stacked
 
-LAYOUT_VERSION = 1
-
 
 class CheckpointSource:
     """Weights of a checkpoint folder by parameter name; stacks are put together when asked for."""

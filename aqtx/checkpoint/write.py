@@ -7,21 +7,27 @@ model on meta, replays the edits and reads the weights lazily: bit-exact, and no
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from aqtx.checkpoint.checks import CHECKSUMS, DIGEST, LAYOUT_VERSION, digest_of
+from aqtx.checkpoint.locate import inside
+from aqtx.checkpoint.reader import INDEX
 from aqtx.checkpoint.shards import write_shards
-from aqtx.checkpoint.source import LAYOUT_VERSION
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor
+from aqtx.machine.files import make_folder, sha256, write_text, writing
+from aqtx.machine.marker import MARKER, add_names, mark, own_files, run_of
+from aqtx.machine.output_folder import OutputFolder
 from aqtx.program.program import Program
 
-if TYPE_CHECKING:
-    pass
-
+MODEL_FILES = (
+    *("config.json", "plan.json", INDEX, CHECKSUMS),
+    *("model-*-of-*.safetensors", "shard-*", "elements-*.scratch"),  # the last two while they are being made
+)
 _PASSED_ON = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
     *("generation_config.json", "chat_template*"),
@@ -34,38 +40,56 @@ def save(program: Program, directory: str | Path) -> Path:
     The folder appears under its name only when it is complete.
     """
     directory = Path(directory)
-    if directory.is_file():
-        raise InputError(f"{directory} is a file; name a folder")
-    if directory.exists() and any(directory.iterdir()):
+    if directory.is_dir() and any(directory.iterdir()):
         raise InputError(f"{directory}: the folder is not empty; name another one")
-    staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    write_model(program, staging)
-    if directory.exists():
-        directory.rmdir()
-    staging.rename(directory)
+    _refuse_codes(program)
+    folder = OutputFolder(directory)
+    try:
+        folder.refuse_output(replace=False)
+        folder.refuse_staging()
+        folder.clear_staging()
+        folder.open_staging("save", MODEL_FILES)
+        write_model(program, folder.staging)
+        write_checksums(folder.staging, own_files(folder.staging))
+        folder.publish(replace=False)
+    finally:
+        folder.release()
     return directory
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write SHA-256 digests of a folder's files, and let its mark name what is there and nothing else."""
+    stays = [name for name in names if name not in (MARKER, CHECKSUMS)]
+    sums = {name: sha256(folder / name) for name in stays}
+    write_text(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
+    mark(folder, run_of(folder), [*sums, CHECKSUMS])
 
 
 def write_model(program: Program, directory: Path) -> None:
     """Weights, config, plan and tokenizer files of a program, written into `directory`."""
-    if len(program.codes) and not program.emitted:
-        raise InputError("the program holds codes that were not emitted: add `emit` as the last pass before saving")
-    directory.mkdir(parents=True, exist_ok=True)
+    _refuse_codes(program)
+    make_folder(directory)
     formats: dict[str, str] = {}
     write_shards(disk_tensors(program, formats), directory)
-    (directory / "config.json").write_text(json.dumps(config_of(program, formats), indent=2) + "\n")
+    write_text(directory / "config.json", json.dumps(config_of(program, formats), indent=2) + "\n")
     if program.plan is not None:
-        (directory / "plan.json").write_text(json.dumps(program.plan.to_json(), indent=1) + "\n")
+        write_text(directory / "plan.json", json.dumps(program.plan.to_json(), indent=1) + "\n")
     if program.folder is not None:
         copy_tokenizer(program.folder, directory)
 
 
+def _refuse_codes(program: Program) -> None:
+    if len(program.codes) and not program.emitted:
+        raise InputError("the program holds codes that were not emitted: add `emit` as the last pass before saving")
+
+
 def copy_tokenizer(folder: Path, directory: Path) -> None:
     """Copy what belongs to a model beside its weights and config."""
-    for pattern in _PASSED_ON:
-        for file in sorted(folder.glob(pattern)):
-            shutil.copyfile(file, directory / file.name)
+    files = sorted({file for pattern in _PASSED_ON for file in folder.glob(pattern) if file.is_file()})
+    add_names(directory, [file.name for file in files])
+    for file in files:
+        with writing(directory / file.name, file.stat().st_size):
+            shutil.copyfile(inside(folder, file), directory / file.name)
 
 
 def config_of(program: Program, formats: dict[str, str]) -> dict[str, Any]:
@@ -75,12 +99,13 @@ def config_of(program: Program, formats: dict[str, str]) -> dict[str, Any]:
     if program.weights.tied and not program.tied():
         config["tie_word_embeddings"] = False
     if formats or program.edits:
-        config["quantization_config"] = {
+        told = {
             "quant_method": "aqtx",
             "layout_version": LAYOUT_VERSION,
             "formats": formats,
             "edits": [edit.to_json() for edit in program.edits],
         }
+        config["quantization_config"] = {**told, DIGEST: digest_of(told)}
     return config
 
 

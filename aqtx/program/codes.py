@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor
-from aqtx.machine.files import sha256
+from aqtx.machine.files import sha256, writing
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class CodeStore(MutableMapping[str, QuantizedTensor]):
     def _write(self, site: str, code: QuantizedTensor, folder: Path) -> Spilled:
         file = folder / f"{site}.safetensors"
         staged = file.with_suffix(".new")
-        save_file({part: tensor.contiguous() for part, tensor in code.to_disk().items()}, staged)
-        staged.rename(file)
+        parts = {part: tensor.contiguous() for part, tensor in code.to_disk().items()}
+        with writing(file, sum(part.nbytes for part in parts.values())):
+            save_file(parts, staged)
+            staged.rename(file)
         return Spilled(file, code.format_name, tuple(code.shape), sha256(file))
 
     def _read(self, spilled: Spilled) -> QuantizedTensor:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from aqtx.blockwise.block_scores import BlockScorer
+from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.open import open_program
 from aqtx.checkpoint.write import write_model
 from aqtx.errors import InputError
@@ -20,6 +21,8 @@ from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.devices import device_of
+from aqtx.machine.files import read_json, read_record, write_record, write_text
+from aqtx.machine.marker import add_names
 from aqtx.machine.memory import peak_bytes, room_for_work
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
@@ -27,7 +30,14 @@ from aqtx.program.codes import CODES
 from aqtx.program.program import Program
 from aqtx.registry import PASSES, Context, Pass, Refusal
 from aqtx.runs.directory import RunDirectory
-from aqtx.runs.fingerprint import code_hash, first_difference, ids_hash, source_hashes, text_hashes, versions
+from aqtx.runs.fingerprint import (
+    SourceWatch,
+    code_hash,
+    first_difference,
+    ids_hash,
+    origin,
+    versions,
+)
 from aqtx.runs.pipeline import Run
 from aqtx.runs.preflight import preflight, unread
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
@@ -70,22 +80,21 @@ def apply_recipe(
     """Run a validated recipe and write its output folder; with several ranks, each calls this with its own."""
     if recipe.output is None:
         raise InputError("output: this key is required to apply a recipe")
-    if ranks.leads:
-        directory = RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite)
-    ranks.barrier()  # rank 0 may clear the folder that the others look into
-    if not ranks.leads:
-        directory = RunDirectory(Path(recipe.output), resume=True, overwrite=overwrite)
-    if resume and directory.complete:
-        return _finished(recipe, directory)
-    return _Runner(recipe, directory, quiet, ranks).run()
+    with RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite, leads=ranks.leads) as directory:
+        complete = resume and all(ranks.gather(directory.complete))
+        if complete:
+            return _finished(recipe, directory)
+        return _Runner(recipe, directory, quiet, ranks).run()
 
 
 def _finished(recipe: Recipe, directory: RunDirectory) -> Report:
-    """The report of a run that is complete, if it is of this recipe."""
-    data = json.loads((directory.output / "report.json").read_text())
-    if difference := first_difference(data["settings"], recipe.resolved()):
+    """The report of a run that is complete, if it is of this recipe, these weights and this text."""
+    now, before = origin(recipe, locate(recipe.model.source)), directory.fingerprint
+    same = {key: before.get(key) for key in now}
+    if difference := first_difference(same.pop("recipe"), now.pop("recipe")) or first_difference(same, now):
         raise InputError(f"output {directory.output} holds a finished run of another recipe: {difference}")
-    return Report(directory.output, data)
+    directory.clean()
+    return Report(directory.output, read_json(directory.output / "report.json"))
 
 
 class _Runner:
@@ -96,6 +105,8 @@ class _Runner:
         self.directory = directory
         self.started = time.perf_counter()
         self.program = program_of(recipe)
+        self.source = SourceWatch(self.program.folder)
+        directory.refuse_source(self.program.folder)
         if problems := preflight(recipe, self.program):
             raise InputError(*problems)
         for sentence in unread(recipe):
@@ -121,8 +132,10 @@ class _Runner:
         staging = self.directory.staging
         write_model(self.program, staging)
         write_tables(self.program, self.recipe.passes, staging)
+        self.source.check()
         sampled = self.directory.work / self_sampling.FILE_NAME
         if sampled.exists():  # text that the model wrote serves as `calibration.source` of later runs
+            add_names(staging, [sampled.name])
             shutil.copyfile(sampled, staging / sampled.name)
         accounting = account(self.program, {refusal.site for refusal in refusals})
         data = {
@@ -148,11 +161,8 @@ class _Runner:
         return Report(self.directory.output, {})
 
     def _fingerprint(self, documents: list[Document] | None) -> dict[str, Any]:
-        folder = self.program.folder
         return {
-            "recipe": self.recipe.resolved(),
-            "source": source_hashes(folder) if folder is not None else {},
-            "calibration text": text_hashes(self.recipe.calibration.source),
+            **origin(self.recipe, self.program.folder),
             "evaluation text": ids_hash(document.ids for document in documents or []),
             "code": code_hash(),
             "versions": versions(),
@@ -166,6 +176,7 @@ class _Runner:
         done = len(self.program.history)
 
         def after_pass(run: Run) -> None:
+            self.source.check()
             self.rows.append(run.rows[-1].to_json())
             if self.ranks.leads:
                 save_state(self.program, self.rows, self.directory.work)
@@ -187,7 +198,7 @@ class _Runner:
             return None
         file = self.directory.work / f"scores-{moment}.json"
         if file.exists():
-            return DocumentScores.from_json(json.loads(file.read_text()))
+            return DocumentScores.from_json(read_record(file))
         spec = self.recipe.evaluate
         context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
         scores = evaluate_perplexity(
@@ -197,7 +208,7 @@ class _Runner:
             batch_size=spec.batch_size,
             progress=self.context.progress,
         )
-        file.write_text(json.dumps(scores.to_json()))
+        write_record(file, scores.to_json())
         return scores
 
     def _scorer(self) -> BlockScorer:
@@ -212,27 +223,43 @@ class _Runner:
         if spec is None or not spec.tasks:
             return {}
         log = self.directory.staging / "samples" / f"{moment}.json"
-        return score_tasks(self.program, spec, log, self._scorer())
+        record = self.directory.work / f"tasks-{moment}.json"
+        return score_tasks(self.program, spec, log, self._scorer(), record)
 
     def _write_report(self, data: dict[str, Any]) -> Report:
         staging = self.directory.staging
-        (staging / "recipe.yaml").write_text(
-            yaml.safe_dump({**data["settings"], "versions": data["versions"]}, sort_keys=False)
+        write_text(
+            staging / "recipe.yaml",
+            yaml.safe_dump({**data["settings"], "versions": data["versions"]}, sort_keys=False, allow_unicode=False),
         )
-        (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+        write_text(staging / "report.json", json.dumps(data, indent=1) + "\n")
         if self.recipe.report:
-            from aqtx.report.write import write_report  # draws: matplotlib takes a second that planning can do without
-
-            write_report(staging)
+            _draw(staging, self.directory.output)
         self.directory.finish()
         return Report(self.directory.output, data)
+
+
+def _draw(staging: Path, output: Path) -> None:
+    """The page and its figures; whatever goes wrong with them, the run they tell of is complete."""
+    from aqtx.report.write import write_report  # draws: matplotlib takes a second that planning can do without
+
+    try:
+        write_report(staging)
+    except Exception as error:  # noqa: BLE001 hours of work are not lost over a figure
+        reason = " ".join(str(error).split()) or "no message"
+        warnings.warn(
+            f"the report of {output} cannot be drawn ({type(error).__name__}: {reason}); the checkpoint is complete, "
+            f"and `aqtx report {output}` draws it again",
+            stacklevel=2,
+        )
 
 
 def write_tables(program: Program, passes: Sequence[Pass], folder: Path) -> None:
     """Write the tables that passes make of a program; of two with one name the later pass's stays."""
     for step in passes:
         for name, text in step.tables(program).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            add_names(folder, [name])
+            write_text(folder / name, text)
 
 
 def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:

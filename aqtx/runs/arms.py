@@ -22,7 +22,7 @@ def open_arms(sources: Sequence[str], plan: Path | None = None, dtype: torch.dty
     arms: dict[str, Program] = {}
     for source in sources:
         name, _, place = source.rpartition("=")
-        arms[_free(name or Path(place).name, arms)] = open_program(place, dtype)
+        arms[_free(name or Path(place).name, arms)] = open_program(place, dtype, check_files=True)
     if plan is not None:
         planned = open_program(sources[-1].rpartition("=")[2], dtype)
         steps = [AssignPlan(method="manual", plan=str(plan)), Quantize(), Emit()]

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from aqtx.errors import InputError
 from aqtx.machine.files import sha256
+from aqtx.runs.recipe import Recipe
 from aqtx.version import __version__
 
 _LIBRARIES = ("torch", "torchao", "transformers", "safetensors", "numpy")
@@ -26,8 +28,49 @@ def versions() -> dict[str, Any]:
 
 def source_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the checkpoint's config, weights and tokenizer."""
-    files = sorted(file for pattern in ("*.json", "*.safetensors", "*.model") for file in folder.glob(pattern))
-    return {file.name: sha256(file) for file in files}
+    return {file.name: sha256(file) for file in _source_files(folder) if file.is_file()}
+
+
+class SourceWatch:
+    """The files of a checkpoint as they were when a run began; whoever replaces one meanwhile is found out."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._states = {} if folder is None else {file: _state(file) for file in _source_files(folder)}
+
+    def check(self) -> None:
+        """InputError when a file has another size, time or inode than at the start."""
+        changed = [str(file) for file, state in self._states.items() if _state(file) != state]
+        if changed:
+            raise InputError(
+                *(
+                    f"{file} was changed while the run was reading it; restore it and --resume, or start again with "
+                    "--overwrite"
+                    for file in changed
+                )
+            )
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _source_files(folder: Path) -> list[Path]:
+    return sorted(file for pattern in ("*.json", "*.safetensors", "*.model") for file in folder.glob(pattern))
+
+
+def origin(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
+    """What the result of a recipe comes from, as far as files tell: itself, the weights, the text."""
+    text = recipe.evaluate.perplexity if recipe.evaluate is not None else None
+    return {
+        "recipe": recipe.resolved(),
+        "source": source_hashes(folder) if folder is not None else {},
+        "calibration text": text_hashes(recipe.calibration.source),
+        "evaluation files": text_hashes(text) if text is not None else {},
+    }
 
 
 def text_hashes(source: str) -> dict[str, str]:

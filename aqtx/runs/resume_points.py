@@ -1,6 +1,5 @@
 """Resume points between passes: everything that passes have done to a program, on disk."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aqtx.errors import InputError
-from aqtx.machine.files import sha256
+from aqtx.machine.files import read_record, sha256, write_record, writing
 from aqtx.program.codes import CODES
 from aqtx.program.edits import edit_from_json
 from aqtx.program.plan import Plan
@@ -24,7 +23,8 @@ def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> No
     """
     file = folder / f"state-{len(program.history)}.safetensors"
     tensors, changes = program.weights.state()
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    with writing(file, sum(value.nbytes for value in tensors.values())):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
     state = {
         "history": program.history,
         "edits": [edit.to_json() for edit in program.edits],
@@ -35,9 +35,7 @@ def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> No
         "rows": rows,
         "weights": {"file": file.name, "sha256": sha256(file), "changes": changes},
     }
-    staged = folder / (_STATE + ".new")
-    staged.write_text(json.dumps(state))
-    staged.rename(folder / _STATE)
+    write_record(folder / _STATE, state)
     for old in folder.glob("state-*.safetensors"):
         if old != file:
             old.unlink()
@@ -47,7 +45,7 @@ def restore_state(program: Program, folder: Path) -> list[dict[str, Any]]:
     """Bring a freshly traced program to the last resume point, if there is one; the report rows so far."""
     if not (folder / _STATE).exists():
         return []
-    state = json.loads((folder / _STATE).read_text())
+    state = read_record(folder / _STATE)
     file = folder / state["weights"]["file"]
     if not file.exists() or sha256(file) != state["weights"]["sha256"]:
         raise InputError(

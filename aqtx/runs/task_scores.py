@@ -8,17 +8,32 @@ from typing import Any
 import numpy as np
 
 from aqtx.blockwise.block_scores import BlockScorer
+from aqtx.errors import InputError
 from aqtx.evaluate.arms import EvalSettings, run_program_tasks
 from aqtx.evaluate.tasks import TaskScores
+from aqtx.machine.files import make_folder, read_record, text_digest, write_record, write_text
 from aqtx.numerics.intervals import paired_difference
 from aqtx.program.program import Program
 from aqtx.runs.recipe import EvaluateSpec
 
 
-def score_tasks(program: Program, spec: EvaluateSpec, log: Path, scorer: BlockScorer) -> dict[str, TaskScores]:
-    """Scores by task of a program as it stands. `log` keeps every item, and is read instead of a second run."""
-    if log.exists():
-        return {name: _from_json(name, data) for name, data in json.loads(log.read_text()).items()}
+def score_tasks(
+    program: Program, spec: EvaluateSpec, log: Path, scorer: BlockScorer, record: Path
+) -> dict[str, TaskScores]:
+    """Scores by task of a program as it stands. `log` keeps every item, and is read instead of a second run.
+
+    `record` is a resume point with the log's digest.
+
+    Raises:
+        InputError: the log is not what was written.
+    """
+    if record.exists():
+        text = log.read_text() if log.is_file() else ""
+        if text_digest(text) != read_record(record):
+            raise InputError(
+                f"{log}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
+            )
+        return {name: _from_json(name, data) for name, data in json.loads(text).items()}
     settings = EvalSettings(
         tasks=spec.tasks,
         include_path=Path(spec.include_path) if spec.include_path else None,
@@ -27,8 +42,10 @@ def score_tasks(program: Program, spec: EvaluateSpec, log: Path, scorer: BlockSc
         window=spec.window,
     )
     scores = run_program_tasks(program, settings, scorer)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(json.dumps({name: _to_json(found) for name, found in scores.items()}, default=str))
+    make_folder(log.parent)
+    text = json.dumps({name: _to_json(found) for name, found in scores.items()}, default=str)
+    write_text(log, text)
+    write_record(record, text_digest(text))
     return scores
 
 

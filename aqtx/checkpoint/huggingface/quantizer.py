@@ -15,11 +15,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from aqtx.checkpoint.checks import DIGEST, check_version
 from aqtx.checkpoint.huggingface import experts
 from aqtx.checkpoint.huggingface.inputs import InputOps
 from aqtx.checkpoint.huggingface.names import from_disk, to_disk
 from aqtx.checkpoint.reader import CheckpointReader
-from aqtx.checkpoint.source import LAYOUT_VERSION, CheckpointSource
+from aqtx.checkpoint.source import CheckpointSource
 from aqtx.errors import InputError
 from aqtx.formats.decode import PARTS
 from aqtx.program.edits import Edit, edit_from_json
@@ -35,10 +36,8 @@ class AqtxConfig(QuantizationConfigMixin):
     def __init__(
         self, *, formats: dict[str, str], edits: list[dict[str, Any]], layout_version: int, **other: Any
     ) -> None:
-        if layout_version != LAYOUT_VERSION:
-            raise InputError(
-                f"config.json: layout_version {layout_version} is not {LAYOUT_VERSION}, which this aqtx reads"
-            )
+        told = {"layout_version": layout_version, "formats": formats, "edits": edits, DIGEST: other.get(DIGEST)}
+        check_version(told, "config.json: quantization_config")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.formats, self.edits, self.layout_version = formats, edits, layout_version
         self.__dict__.update(other)
