@@ -1,4 +1,4 @@
-"""The README's table of results: the original's arms and ours on the shipped model, each figure with its interval.
+"""The table of results in the documents: the original's arms and ours on the shipped model, with intervals.
 
     python -m benchmarks.results --work out/results [--tasks-folder tasks]
 

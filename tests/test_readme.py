@@ -1,4 +1,4 @@
-"""The README is run: every block of it is marked with the test that covers it, or with the reason why none can."""
+"""The documents are run: every block is marked with the test that covers it, or with the reason why none can."""
 
 import json
 import os
@@ -14,27 +14,34 @@ import yaml
 
 import aqtx
 from aqtx import cli
+from aqtx.commands.ls import _field_texts
 from aqtx.evaluate import task_files
 from aqtx.registry import PASSES
 from aqtx.runs.recipe import load_recipe, parse_recipe
+from tests.documents import DOCUMENTS
 from tests.task_wheel import build_wheel
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
 
 
 class Block(NamedTuple):
+    document: str
     marker: str  # `tested: NAME` or `not run: REASON`
     language: str
     text: str
 
 
-def read_blocks() -> list[Block]:
-    found = re.findall(r"(?:<!-- (.+?) -->\n)?```(\w+)\n(.*?)```\n", README.read_text(), flags=re.DOTALL)
-    return [Block(*parts) for parts in found]
+def read_blocks(document: str) -> list[Block]:
+    text = (ROOT / document).read_text()
+    found = re.findall(r"(?:<!-- (.+?) -->\n)?```(\w+)\n(.*?)```\n", text, flags=re.DOTALL)
+    assert len(found) == len(re.findall("^ *```", text, flags=re.MULTILINE)) / 2, (
+        f"{document}: a block without language"
+    )
+    return [Block(document, *parts) for parts in found]
 
 
-BLOCKS = read_blocks()
+BLOCKS = [block for document in DOCUMENTS for block in read_blocks(document)]
 COMMANDS = [line for block in BLOCKS if block.marker == "tested: commands" for line in block.text.splitlines()]
 
 
@@ -46,7 +53,7 @@ def only(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def workspace(quickstart, tmp_path_factory):
-    """The folder of a reader who has run the quickstart and written the README's plan; the current directory."""
+    """The folder of a reader who has run the quickstart and written the plan shown; the current directory."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(quickstart.directory, folder / "out" / "quickstart")
     (folder / "plan.json").write_text(only("plan"))
@@ -59,15 +66,22 @@ def workspace(quickstart, tmp_path_factory):
 def test_every_block_is_covered():
     known = ["commands", "set up and run", "set up and test", "quickstart table", "recipe", "plan"]
     known += ["python", "compile", "pass", "tasks"]
-    reasons = [block.marker for block in BLOCKS if block.marker not in [f"tested: {name}" for name in known]]
-    assert reasons == ["not run: needs the hub", "not run: takes the better part of an hour"]
+    tested = [f"tested: {name}" for name in known]
+    reasons = [(block.document, block.marker) for block in BLOCKS if block.marker not in tested]
+    assert reasons == [
+        ("recipes/README.md", "not run: needs the hub"),
+        ("recipes/README.md", "not run: takes the better part of an hour"),
+        ("benchmarks/README.md", "not run: downloads a model and takes the better part of an hour"),
+        ("benchmarks/README.md", "not run: needs the model made above, and an hour"),
+        ("CONTRIBUTING.md", "not run: runs the whole suite"),
+    ]
     assert [name for name in known if f"tested: {name}" not in [block.marker for block in BLOCKS]] == []
 
 
 def test_the_two_one_liners_end_with_what_the_suite_and_the_gate_run():
     assert only("set up and run") == f"{SET_UP}. && aqtx apply quickstart\n"
     assert only("set up and test") == f"{SET_UP}'.[dev]' && pytest -n 2 --dist loadfile\n"
-    gate = (README.parent / ".ci" / "run").read_text()
+    gate = (ROOT / ".ci" / "run").read_text()
     assert "<!-- tested: set up and test -->" in gate  # the gate reads the second line from the README itself
 
 
@@ -165,11 +179,12 @@ def test_the_compiled_model_agrees_with_the_eager_one(workspace):
     assert difference < 2 * 40**0.5 * 2**-8
 
 
-def test_the_pass_written_in_the_readme_works(monkeypatch):
+def test_the_pass_written_in_the_guide_works(monkeypatch):
     monkeypatch.setattr("aqtx.registry.PASSES", dict(PASSES))
     names: dict = {"__name__": "readme"}
-    exec(compile(only("pass"), "README.md", "exec"), names)
+    exec(compile(only("pass"), "passes/README.md", "exec"), names)
     clip, plan = names["ClipWeights"], PASSES["assign_plan"]
+    assert _field_texts(clip)["sigmas"] == "the limit, in standard deviations of the matrix."
     with pytest.raises(aqtx.InputError, match=r"passes\.0\.clip_weights: needs 'assign_plan' before it"):
         parse_recipe({"version": 1, "model": {"source": "tinymoe"}, "passes": ["clip_weights"]})
     assert clip(sigmas=0.0).validate() == ["sigmas must be positive, it is 0.0"]
