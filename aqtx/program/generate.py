@@ -1,10 +1,11 @@
-"""Greedy generation through the `step` entry: one graph for prefill and decoding, the cache given from outside.
+"""Generation through the `step` entry: one graph for prefill and decoding, the cache given from outside.
 
 Prompts of unequal length are padded on the left; `start` tells the graph where each begins, so that padding is never
 attended to and positions count from the prompt's first token.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +16,43 @@ from aqtx.program.program import Program
 Stop = Callable[[list[int]], bool]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn: the likeliest one at temperature 0, else from the softmax of logits / temperature.
+
+    `top_p` keeps the likeliest tokens that together have so much probability (nucleus sampling, arXiv 1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no temperature or no probability."""
+        problems = []
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature must be 0 or more, it is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be above 0 and at most 1, it is {self.top_p}")
+        if problems:
+            raise InputError(*problems)
+
+    def pick(self, logits: Tensor, random: torch.Generator) -> Tensor:
+        """logits [B, V] of the next token -> tokens [B] on the CPU."""
+        if self.temperature == 0:
+            return logits.argmax(-1).cpu()
+        probabilities = (logits.float().cpu() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, tokens = probabilities.sort(-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # of likelier tokens; the first one always stays
+            probabilities = torch.zeros_like(ordered).scatter(-1, tokens, ordered.masked_fill(before >= self.top_p, 0))
+        return probabilities.multinomial(1, generator=random).squeeze(-1)
+
+
+GREEDY = Sampling()
+
+
 class Generator:
-    """Continues prompts greedily. Hold one for many calls: the step graph is bound to its weights once."""
+    """Continues prompts. Hold one for many calls: the step graph is bound to its weights once."""
 
     def __init__(self, program: Program) -> None:
         self._device = program.device
@@ -31,13 +67,31 @@ class Generator:
         self._heads = [(int(node.meta["val"].shape[1]), int(node.meta["val"].shape[3])) for node in placeholders]
         self._dtype = placeholders[0].meta["val"].dtype
 
-    @torch.no_grad()
+    @property
+    def has_cache(self) -> bool:
+        """Whether a token costs one step, and not a pass over the whole text."""
+        return bool(self._heads)
+
     def continue_greedily(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Stop = lambda _: False
     ) -> list[list[int]]:
+        """The likeliest tokens for each prompt, as `continue_prompts` has it."""
+        return self.continue_prompts(prompts, max_new_tokens=max_new_tokens, stop=stop)
+
+    @torch.no_grad()
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Stop = lambda _: False,
+        sampling: Sampling = GREEDY,
+        random: torch.Generator | None = None,
+    ) -> list[list[int]]:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
-        if not self._heads:
-            return [self._rescore(list(prompt), max_new_tokens, stop) for prompt in prompts]
+        random = torch.Generator().manual_seed(0) if random is None else random
+        if not self.has_cache:
+            return [self._rescore(list(prompt), max_new_tokens, stop, sampling, random) for prompt in prompts]
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -49,7 +103,7 @@ class Generator:
         live = set(range(len(prompts)))
         for _ in range(max_new_tokens):
             logits = self._step(ids.to(self._device), pos, start, cache)  # [B, S, V]
-            ids = logits[:, -1].argmax(-1, keepdim=True).cpu()
+            ids = sampling.pick(logits[:, -1], random).unsqueeze(-1)
             pos = pos[-1:] + 1
             for index in sorted(live):
                 made[index].append(int(ids[index]))
@@ -59,13 +113,46 @@ class Generator:
                 break
         return made
 
-    def _rescore(self, ids: list[int], max_new_tokens: int, stop: Stop) -> list[int]:
+    def _rescore(
+        self, ids: list[int], max_new_tokens: int, stop: Stop, sampling: Sampling, random: torch.Generator
+    ) -> list[int]:
         """Continue one prompt without a cache."""
         made: list[int] = []
         while len(made) < max_new_tokens and not (made and stop(made)):
             logits = self._score(torch.tensor([ids + made], device=self._device))  # [1, S, V]
-            made.append(int(logits[0, -1].argmax()))
+            made.append(int(sampling.pick(logits[:, -1], random)))
         return made
+
+    @torch.no_grad()
+    def mean_next(self, first: Tensor, *, batch_size: int = 64) -> Tensor:
+        """The mean distribution [V], float64, of the token that follows first tokens [B, S]."""
+        total = torch.zeros(())
+        for rows in first.split(batch_size):
+            if self.has_cache:
+                cache, start = self.make_cache(len(rows), first.shape[1]), torch.zeros(len(rows), dtype=torch.long)
+                places = torch.arange(first.shape[1], device=self._device)
+                logits = self._step(rows.to(self._device), places, start.to(self._device), cache)
+            else:
+                logits = self._score(rows.to(self._device))
+            total = total + logits[:, -1].double().softmax(-1).sum(0).cpu()
+        return total / len(first)
+
+    @torch.no_grad()
+    def write(self, first: Tensor, length: int, sampling: Sampling, random: torch.Generator) -> Tensor:
+        """Sequences [B, length] that go on from first tokens [B, S], all to their full length."""
+        ids = first
+        if not self.has_cache:
+            while ids.shape[1] < length:
+                logits = self._score(ids.to(self._device))[:, -1]
+                ids = torch.cat([ids, sampling.pick(logits, random).unsqueeze(-1)], dim=1)
+            return ids
+        cache, start = self.make_cache(len(first), length), torch.zeros(len(first), dtype=torch.long)
+        pos, newest = torch.arange(first.shape[1]), first
+        while ids.shape[1] < length:
+            logits = self._step(newest.to(self._device), pos.to(self._device), start.to(self._device), cache)[:, -1]
+            newest = sampling.pick(logits, random).unsqueeze(-1)
+            ids, pos = torch.cat([ids, newest], dim=1), torch.tensor([ids.shape[1]])
+        return ids
 
     def make_cache(self, batch: int, slots: int) -> list[Tensor]:
         """An empty cache for `batch` sequences of up to `slots` tokens."""

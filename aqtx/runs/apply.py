@@ -43,8 +43,8 @@ from aqtx.runs.preflight import preflight, unread
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
-from aqtx.text import self_sampling
-from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer, start_of
+from aqtx.text import own_text, self_sampling
+from aqtx.text.tokens import WRITTEN, Document, calibration, evaluation, load_tokenizer, start_of
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MAX_WINDOW = 2048  # tokens given to the model at a time when scoring, unless its context is shorter
@@ -133,10 +133,10 @@ class _Runner:
         write_model(self.program, staging)
         write_tables(self.program, self.recipe.passes, staging)
         self.source.check()
-        sampled = self.directory.work / self_sampling.FILE_NAME
-        if sampled.exists():  # text that the model wrote serves as `calibration.source` of later runs
-            add_names(staging, [sampled.name])
-            shutil.copyfile(sampled, staging / sampled.name)
+        for name in (self_sampling.FILE_NAME, own_text.FILE_NAME):
+            if (self.directory.work / name).exists():  # it serves as `calibration.source` of later runs
+                add_names(staging, [name])
+                shutil.copyfile(self.directory.work / name, staging / name)
         accounting = account(self.program, {refusal.site for refusal in refusals})
         data = {
             "name": self.directory.output.name,
@@ -279,10 +279,14 @@ def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None
 def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Tensor:
     """Token ids: written by the model itself, or from text."""
     spec = recipe.calibration
-    if spec.source == "ebss":
+    if spec.source in WRITTEN:
         folder = program.folder
         known = folder is not None and any(folder.glob("tokenizer*"))  # no tokenizer, nothing that it puts
         start = start_of(load_tokenizer(_folder(program))) if known else []
+        if spec.source == "self":
+            return own_text.calibration(
+                program, spec, recipe.seed, context.work, start=start, progress=context.progress
+            )
         return self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
     return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
 

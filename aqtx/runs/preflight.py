@@ -10,6 +10,7 @@ from aqtx.registry import Pass
 from aqtx.runs.pipeline import misfits
 from aqtx.runs.recipe import Recipe
 from aqtx.text.sources import check_source
+from aqtx.text.tokens import WRITTEN
 
 _FOLLOWED_BY: dict[str, str] = {"plan": "round", "round": "emit"}
 _ADD = {
@@ -26,7 +27,7 @@ def preflight(recipe: Recipe, program: Program) -> list[str]:
         program: its model.
     """
     problems = out_of_order(recipe.passes) + misfits(program, recipe.passes)
-    if recipe.calibration.source != "ebss":
+    if recipe.calibration.source not in WRITTEN:
         problems += _named("calibration.source", problems_of(lambda: check_source(recipe.calibration.source)))
     spec = recipe.evaluate
     if spec is not None and spec.perplexity is not None:

@@ -10,7 +10,7 @@ Domains take turns, so each has an equal share as long as its text lasts.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from aqtx.errors import InputError
 from aqtx.text.sources import Passage, read_passages
 
 T = TypeVar("T")
+WRITTEN = ("self", "ebss")  # sources that the model writes itself
 _PROBE = "a"  # any text will do
 
 
@@ -33,6 +34,11 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids."""
 
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        """A conversation as the model was trained to read it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
@@ -42,6 +48,8 @@ class CalibrationSpec:
     num_sequences: int = 64
     sequence_length: int = 256
     tau: float | None = None  # of the source ebss: the smaller, the more balanced; null is the published 1.2
+    temperature: float = 1.0  # of the source self: what logits are divided by before a token is drawn
+    starts: Literal["uniform", "frequency"] = "uniform"  # of the source self: how first tokens cover the vocabulary
 
     def __post_init__(self) -> None:
         """Refuse numbers that no text can be cut by, and a temperature that nothing reads."""
@@ -55,6 +63,11 @@ class CalibrationSpec:
             problems.append(f"tau is of the source ebss, but the source is {self.source!r}: leave tau out")
         elif self.tau is not None and self.tau <= 0:
             problems.append(f"tau is {self.tau}, but must be above 0")
+        if not 0 < self.temperature < float("inf"):
+            problems.append(f"temperature is {self.temperature}, but must be above 0")
+        for name, default in (("temperature", 1.0), ("starts", "uniform")):
+            if getattr(self, name) != default and self.source != "self":
+                problems.append(f"{name} is of the source self, but the source is {self.source!r}: leave {name} out")
         if problems:
             raise InputError(*problems)
 
@@ -78,6 +91,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.model_max_length = 10**30
     found: Tokenizer = tokenizer
     return found
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool = False) -> list[int]:
+    """Token ids of a prompt; with `chat` as the user's turn of the model's own chat template.
+
+    Raises:
+        InputError: the prompt holds no token, or the tokenizer has no chat template.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("--chat: the model's tokenizer has no chat template")
+        turns = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.encode(text, add_special_tokens=not chat)  # a template writes its special tokens itself
+    if not ids:
+        raise InputError("the prompt holds no token")
+    return ids
 
 
 def start_of(tokenizer: Tokenizer) -> list[int]:
