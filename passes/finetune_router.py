@@ -26,8 +26,9 @@ class FinetuneRouter(Pass):
 
     x -> router{trainable} -> top-k -> experts(codes) -> logits, loss against the text or the unquantized model
 
-    The last share of the calibration sequences is held out; the routers of its best step are kept where they are
-    better than the untrained ones beyond twice the standard error. All other tensors are compared by hash.
+    The last share of the calibration sequences is held out; the routers of the step that is best on its first half are
+    kept where they are better than the untrained ones beyond twice the standard error. The second half, which chose
+    nothing, tells what was gained. All other tensors are compared by hash.
 
     Fields:
         cross_entropy, logits, router: weights of the three losses (see `aqtx.finetune.losses`).
@@ -37,7 +38,7 @@ class FinetuneRouter(Pass):
         batch_size: sequences of one step.
         warmup_fraction: share of the steps in which the learning rate rises from zero.
         clip_norm: the largest norm of a step's gradients, all routers together.
-        validation_fraction: share of the sequences that is held out.
+        validation_fraction: share of the sequences that is held out: half chooses the step, half tells what it gained.
         checks: times that the held-out sequences are looked at on the way.
         patience: checks without a better loss after which training stops.
         compile: `auto` compiles for 100,000 tokens of training and more, where it pays for itself.
@@ -85,16 +86,16 @@ class FinetuneRouter(Pass):
         """Train, keep the best step, and prove that nothing else changed."""
         if not sites:
             raise InputError("no router is unfrozen: this model has none, or `unfreeze_router` refused them all")
-        training, validation = self._split(context.calibration().to(context.device))
+        training, choosing, measuring = self._split(context.calibration().to(context.device))
         frozen = Frozen.of(program, except_for=[site.weight for site in sites])
         student, teacher = routed(program, rounded=True), routed(program, rounded=False)
         num_chosen = experts_per_token(program, sites)
-        reference, before = (measure_routing(model, validation, num_chosen) for model in (teacher, student))
+        reference, before = (measure_routing(model, measuring, num_chosen) for model in (teacher, student))
         start = {site.weight: program.read(site).to(context.device) for site in sites}
         trainer = Trainer(student, teacher if self._loss.needs_teacher else None, self._loss, self._schedule())
         with torch.enable_grad():
-            found = trainer.train(start, training, validation, seed=context.seed, progress=context.progress)
-        after = measure_routing(student, validation, num_chosen, found.weights)
+            found = trainer.train(start, training, choosing, seed=context.seed, progress=context.progress)
+        after = measure_routing(student, measuring, num_chosen, found.weights)
         for site in sites if found.best_step else []:
             program.weights.put(site.weight, found.weights[site.weight].to(program.dtype).cpu())
         frozen.check(program)
@@ -114,14 +115,19 @@ class FinetuneRouter(Pass):
         names = Schedule.__dataclass_fields__
         return Schedule(**{name: getattr(self, name) for name in names})
 
-    def _split(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Training sequences and the last ones, held out: they come from other passages than those before them."""
+    def _split(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequences to train on, to choose the step by, and to measure on: what is measured has chosen nothing.
+
+        The last ones are held out, as they come from other passages than those before them.
+        """
         num_held = round(self.validation_fraction * len(ids))
-        if not 0 < num_held < len(ids):
+        if not 2 <= num_held < len(ids):
             raise InputError(
-                f"{len(ids)} calibration sequences cannot be split for validation_fraction {self.validation_fraction}"
+                f"{len(ids)} calibration sequences cannot be split for validation_fraction {self.validation_fraction}: "
+                "one is needed to train on, one to choose the step by and one to measure on"
             )
-        return ids[:-num_held], ids[-num_held:]
+        training, held = ids[:-num_held], ids[-num_held:]
+        return training, held[: -(num_held // 2)], held[-(num_held // 2) :]
 
     def _layers(self, program: Program, reference: Routing, before: Routing, after: Routing) -> dict[str, Any]:
         shifts = zip(before.shift_from(reference), after.shift_from(reference), strict=True)

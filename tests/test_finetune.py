@@ -102,6 +102,20 @@ def test_the_report_tells_shift_and_loads_of_each_layer(trained):
     assert set(details["held_out_loss"]) == {"unquantized", "before", "after", "change", "num_sequences"}
 
 
+def test_what_is_measured_chose_nothing(model, ids, trained):
+    """The reported losses are plain losses on sequences that neither training nor the choice of the step has seen."""
+    training, choosing, measuring = FinetuneRouter(**QUICK)._split(ids)
+    assert torch.equal(torch.cat([training, choosing, measuring]), ids) and min(len(choosing), len(measuring)) >= 4
+    program, changes = trained
+    told = changes.details["held_out_loss"]
+    assert told["num_sequences"] == len(measuring)
+    for state, name in ((rounded(model, activation="mxfp8"), "before"), (program, "after")):
+        with torch.no_grad():
+            logits = routed(state, rounded=True)(measuring)[0]
+        plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), measuring[:, 1:].flatten())
+        assert told[name] == pytest.approx(float(plain), rel=1e-3)  # kept routers are stored in the model's dtype
+
+
 def test_equal_seeds_give_equal_routers(model, ids, trained):
     again = rounded(model, activation="mxfp8")
     finetune(again, ids)

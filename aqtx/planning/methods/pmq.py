@@ -1,23 +1,14 @@
 """`pmq`: an expert's frequency x its summed gate weight x e_lf, the squared error."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from aqtx.formats import Format
 from aqtx.planning.method import Method, Own, register
-from aqtx.program.program import Program
+from aqtx.planning.methods.hessian import measure
 from aqtx.program.site import Site
-from aqtx.registry import Context
-from aqtx.sensitivity.inputs import measure_inputs
-from aqtx.sensitivity.measured import Request, error_table, values
-
-
-def measure(program: Program, wanted: Sequence[Request], own: Own, context: Context, seed: int) -> dict[str, Any]:
-    """One run over the text, block by block."""
-    measure_inputs(program, wanted, context)
-    return {}
+from aqtx.sensitivity.measured import error_table, values
 
 
 def cost(sites: Sequence[Site], formats: Sequence[Format], own: Own, seed: int) -> Tensor:
