@@ -78,6 +78,12 @@ class FinetuneRouter(Pass):
     def _loss(self) -> LossWeights:
         return LossWeights(self.cross_entropy, self.logits, self.router)
 
+    def misfits(self, program: Program) -> list[str]:
+        """A model without routers."""
+        if any(site.category in ("router", "shared_expert_gate") for site in program.sites()):
+            return []
+        return ["this model has no router to train"]
+
     def find(self, program: Program) -> list[Site]:
         """What `unfreeze_router` marked."""
         return [site for site in program.sites() if site.get("trainable")]

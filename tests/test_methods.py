@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import write_checkpoint
+from tiny import OLMOE, write_checkpoint
 
 import aqtx
 from aqtx import cli
@@ -213,3 +213,12 @@ def test_a_rotating_plan_that_is_carried_out_is_right(capsys: pytest.CaptureFixt
     late = f"passes=[{plan}, quantize, {{insert_hadamard: {{before: [plan]}}}}, emit]"
     assert cli.main(["check", "quickstart", late]) == 2
     assert "before rounding" in capsys.readouterr().err
+
+
+def test_a_model_without_routers_is_told_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    dense = {key: value for key, value in OLMOE.items() if "expert" not in key} | {"model_type": "llama"}
+    source = write_checkpoint(tmp_path / "dense", dense)
+    assert cli.main(["check", "router_only", f"model.source={source}"]) == 2
+    assert "passes.3.finetune_router: this model has no router to train" in capsys.readouterr().err

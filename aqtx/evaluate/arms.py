@@ -8,7 +8,7 @@ from typing import Any
 
 from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.errors import InputError
-from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity
+from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity, window_of
 from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.evaluate.tasks import answer_gaps, compare_tasks, run_tasks
 from aqtx.machine.memory import room_for_work
@@ -16,8 +16,6 @@ from aqtx.program.generate import Generator
 from aqtx.program.program import Program
 from aqtx.report.numbers import interval
 from aqtx.text.tokens import evaluation, load_tokenizer
-
-_MAX_WINDOW = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +125,7 @@ def evaluate_arms(
             results.perplexity[name] = evaluate_perplexity(
                 scorer,
                 documents,
-                window=_window(program, settings),
+                window=window_of(program.config, settings.window),
                 batch_size=settings.batch_size,
                 progress=progress,
             )
@@ -149,7 +147,7 @@ def run_program_tasks(program: Program, settings: EvalSettings, scorer: BlockSco
     model = ProgramLM(
         scorer,
         load_tokenizer(program.folder),
-        max_length=_window(program, settings),
+        max_length=window_of(program.config, settings.window),
         generator=lambda: _generator(program, scorer),
         batch_size=settings.batch_size,
     )
@@ -171,10 +169,6 @@ def _generator(program: Program, scorer: BlockScorer) -> Generator:
             f"and {have:.2f} GB may be taken; raise max_memory, or leave the task out"
         )
     return Generator(program)
-
-
-def _window(program: Program, settings: EvalSettings) -> int:
-    return settings.window or min(int(program.config.get("max_position_embeddings", _MAX_WINDOW)), _MAX_WINDOW)
 
 
 def _file_name(name: str) -> str:

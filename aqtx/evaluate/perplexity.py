@@ -14,7 +14,7 @@ sees one token only; with context c every target but those near the document's s
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch import Tensor
 from aqtx.blockwise.block_scores import many_with, rows_at_once
 from aqtx.errors import InputError
 from aqtx.text.tokens import Document
+
+MAX_WINDOW = 2048  # tokens that a model is given at a time, unless its context is shorter or a recipe says more
 
 Progress = Callable[..., Iterable[Any]]
 Forward = Callable[[Tensor], Tensor]  # ids [B, S] -> logits [B, S, V]
@@ -94,6 +96,11 @@ def cut_windows(document: int, length: int, *, window: int, context: int = 0) ->
         last = min(first + (window if first == 1 else window - context), length)
         yield _Window(document, max(0, last - 1 - window), last - 1, last - first)
         first = last
+
+
+def window_of(config: Mapping[str, Any], asked: int | None = None) -> int:
+    """Tokens to give a model at a time: as asked, else its context by config.json, at most MAX_WINDOW."""
+    return asked or min(int(config.get("max_position_embeddings", MAX_WINDOW)), MAX_WINDOW)
 
 
 def evaluate_perplexity(

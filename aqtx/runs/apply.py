@@ -17,7 +17,7 @@ from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.open import open_program
 from aqtx.checkpoint.write import write_model
 from aqtx.errors import InputError
-from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window_of
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.devices import device_of
@@ -47,7 +47,6 @@ from aqtx.text import own_text, self_sampling
 from aqtx.text.tokens import WRITTEN, Document, calibration, evaluation, load_tokenizer, start_of
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_MAX_WINDOW = 2048  # tokens given to the model at a time when scoring, unless its context is shorter
 
 
 @dataclass(frozen=True)
@@ -200,11 +199,10 @@ class _Runner:
         if file.exists():
             return DocumentScores.from_json(read_record(file))
         spec = self.recipe.evaluate
-        context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
         scores = evaluate_perplexity(
             self._scorer(),
             documents,
-            window=spec.window or min(context_size, _MAX_WINDOW),
+            window=window_of(self.program.config, spec.window),
             batch_size=spec.batch_size,
             progress=self.context.progress,
         )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window_of
 from aqtx.planning.arms import Arm, StudySpec
 from aqtx.planning.decide import decide
 from aqtx.planning.options import unmet
@@ -31,7 +31,6 @@ from aqtx.study.verdict import Point, study_json, study_markdown
 from aqtx.text.tokens import Document, evaluation, load_tokenizer
 
 _BISECTIONS = 14
-_MAX_WINDOW = 2048
 
 
 @dataclass
@@ -124,11 +123,10 @@ class Study:
         if file.exists():
             return DocumentScores.from_json(json.loads(file.read_text()))
         spec = self.recipe.evaluate or EvaluateSpec(perplexity="builtin")
-        context_size = int(self.program.config.get("max_position_embeddings", _MAX_WINDOW))
         scores = evaluate_perplexity(
             model.use(formats),
             self.documents,
-            window=spec.window or min(context_size, _MAX_WINDOW),
+            window=window_of(self.program.config, spec.window),
             batch_size=spec.batch_size,
         )
         file.parent.mkdir(parents=True, exist_ok=True)
