@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -52,12 +53,14 @@ from aqtx.report.canvas import panels, save_figure
 from benchmarks.gptq_problem import held_out_error, make_problem
 
 PROJECTIONS = ("gate", "up", "down")
-SETTINGS = {"plain": ("none", False), "full": ("activation", True)}  # act-order, shrinkage
+# the algorithm as published: each column is rounded once, at the scales of the rule
+ONCE = {"search_scales": False, "sweeps": 0}
+SETTINGS: dict[str, dict[str, Any]] = {"plain": {"order": "none", **ONCE}, "ordered": ONCE, "full": {}}
 
 
 def run_ours(problem: dict[str, Tensor], format_name: str, setting: str) -> tuple[dict[str, Tensor], float]:
     """Rounded weights and CPU seconds, with the batches and the shared moments of the `gptq` pass."""
-    order, shrinks = SETTINGS[setting]
+    options, shrinks = Options(**{"order": "activation", **SETTINGS[setting]}), setting != "plain"
     found: dict[str, list[QuantizedTensor]] = {name: [] for name in PROJECTIONS}
     started = time.process_time()
     for rows_name, projections in (("rows", ("gate", "up")), ("inner", ("down",))):
@@ -75,7 +78,6 @@ def run_ours(problem: dict[str, Tensor], format_name: str, setting: str) -> tupl
             moments.add(rows, problem["offsets"])
             moments.finish()
             tokens = moments.tokens if shrinks else None
-            options = Options(order=order)  # type: ignore[arg-type]
             curvature = Curvature.of(moments.H, num_tokens=tokens, prior=prior, options=options)
             for name in projections:
                 found[name].append(curvature.solve(problem[name][experts], parse(format_name)).tensor)

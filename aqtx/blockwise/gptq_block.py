@@ -113,7 +113,7 @@ class BlockRounder:
         """A stage's experts in quanta of consecutive numbers."""
         rows = max(site.shape[0] for sites in stage.sites.values() for site in sites)
         columns = stage.num_inputs
-        each = 4 * (8 * rows * columns + 3 * columns**2)
+        each = 4 * (14 * rows * columns + 4 * columns**2)
         quantum = max(SOLVE_BYTES.get(self.runner.device.type, SOLVE_BYTES["cpu"]) // each, 1)
         quantum = min(quantum, -(-len(stage.experts) // SHARES))
         units: dict[int, list[int]] = {}

@@ -60,8 +60,11 @@ def nearest_values(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     return out
 
 
-def choose_scales(weight: Tensor, fmt: Format) -> Scales:
-    """Stored scales of a weight [..., N, K] by the format's rule."""
+def choose_scales(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Scales:
+    """Stored scales of a weight [..., N, K] by the format's rule.
+
+    With the `importance` of each input channel [K]: those of least squared error weighted by it.
+    """
     if not fmt.is_packed:
         return Scales(weight.new_empty(0))
     per_tensor = None
@@ -70,11 +73,12 @@ def choose_scales(weight: Tensor, fmt: Format) -> Scales:
     pieces = []
     row_scale = None if per_tensor is None else per_tensor.expand(*weight.shape[:-1], 1).reshape(-1, 1)
     rows = weight.reshape(-1, weight.shape[-1])
+    weights = None if importance is None else to_blocks(importance, fmt)
     step = _rows_per_piece(weight)
     for start in range(0, max(len(rows), 1), step):
         blocks = to_blocks(rows[start : start + step], fmt)
         part = None if row_scale is None else row_scale[start : start + step]
-        pieces.append(choose_for_blocks(blocks, fmt, weight.dtype, part))
+        pieces.append(choose_for_blocks(blocks, fmt, weight.dtype, per_tensor=part, importance=weights))
     leading = weight.shape[:-1]
     scale = torch.cat([piece.scale for piece in pieces]).unflatten(0, leading)
     if pieces[0].zero_point is None:

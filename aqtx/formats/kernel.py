@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aqtx.formats.scales import Scales
+from aqtx.formats.scales import Affine, Scales
 from aqtx.formats.table import BF16_SCALE, E8M0, NVFP4_SCALE, Format
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -145,6 +145,14 @@ def quantize_mx(weight: Tensor, fmt: Format, row_bytes: int) -> tuple[Tensor, Te
     """(codes in the memory layout, scales) of a finite weight [.., K]."""
     spec = spec_of(fmt, weight.shape[-1])
     return torch.ops.aqtx_cpu.quantize_mx(weight, spec, fmt.element.largest, RULES[fmt.rule], row_bytes)
+
+
+def best_scales(runs: Tensor, weights: Tensor, candidates: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """Index [R] of the candidate [C, R] of least squared error; runs [R, B], weights [P, B] of row r % P."""
+    spec = spec_of(fmt, runs.shape[-1])
+    to_bf16 = dtype is torch.bfloat16
+    scale, zero_point = candidates
+    return torch.ops.aqtx_cpu.best_scales(runs, weights, scale, zero_point, spec, fmt.element.largest, to_bf16)
 
 
 def _fake_linear(  # noqa: PLR0913 (the op's signature)

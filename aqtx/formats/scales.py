@@ -1,4 +1,4 @@
-"""Scales: blocks, what a stored scale means, and what a candidate scale costs.
+"""Scales: blocks, what a stored scale means, and what its values are.
 
 Legend: N rows, K columns, G blocks per row, B weights per block; blocks are [..., N, G, B] float32,
 a ragged last block padded with zeros (zero is a value of every format, so padding changes nothing).
@@ -101,17 +101,3 @@ def affine_of_scale(wanted: Tensor, low: Tensor, fmt: Format) -> Affine:
         return Affine(scale)
     zero_point = (-low / scale).round().clamp(0, 2**fmt.element.bits - 1)
     return Affine(scale, zero_point.nan_to_num(0.0))
-
-
-def least_error(blocks: Tensor, candidates: list[Affine], fmt: Format, dtype: torch.dtype) -> Tensor:
-    """Index [..., G] of the candidate of least squared error, the first one among equals."""
-    errors = torch.stack([squared_error(blocks, affine, fmt, dtype) for affine in candidates])
-    return errors.argmin(0)
-
-
-def squared_error(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """Per block, between the weights and their dequantized values as `dtype` holds them."""
-    snapped = snap_blocks(blocks, affine, fmt)
-    if dtype is not torch.float32:
-        snapped = snapped.to(dtype).float()
-    return snapped.sub_(blocks).square_().sum(-1)

@@ -2,10 +2,12 @@
 
 Legend: E experts, N rows (outputs), K columns (inputs); H [K, K] is the plain sum of x x^T over tokens.
 
-Scales are those of `quantize(W)`, fixed before any column is rounded, so that the output holds values
-of the declared format only and act-order costs nothing at run time.
+Scales are fixed before any column is rounded, so that the output holds values of the declared format only and act-order
+costs nothing at run time. The plain algorithm takes those of `quantize(W)`. Beyond it, `search_scales` takes for each
+block the scale of least error under the penalties of GPTQ's own factor, and `sweeps` of coordinate descent over codes
+and, with `refit_scales`, scales follow the columns (gptq_sweeps.py).
 
-Each row keeps the better of GPTQ and round-to-nearest on the H given, so no row is ever worse there.
+Each row keeps the best of that, plain GPTQ and round-to-nearest on the H given, so no row is ever worse there.
 """
 
 import math
@@ -16,13 +18,12 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats.codec import Scales, all_finite, check_finite, choose_scales, nearest_codes, packed, quantize
-from aqtx.formats.decode import to_storage_dtype
+from aqtx.formats.codec import all_finite, check_finite, choose_scales, packed, quantize
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor
 from aqtx.numerics.cholesky import Factor, factor
-from aqtx.numerics.gptq_columns import Grid, columns_first, round_columns, rows_first
-from aqtx.numerics.gptq_rows import Differences, better_rows, bound_basis, row_errors
+from aqtx.numerics.gptq_candidates import Candidate, Judge, Problem, merged, refined
+from aqtx.numerics.gptq_rows import Differences, bound_basis, row_errors
 from aqtx.numerics.shrinkage import isotropic_scale, shrink
 
 Order = Literal["none", "activation"]
@@ -32,11 +33,17 @@ SAMPLES = 32  # rows that stand for all in the errors that are reported
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to solve. `block_size` columns are rounded one at a time before errors travel on in a batch."""
+    """How to solve. `block_size` columns are rounded one at a time before errors travel on in a batch.
+
+    Without `search_scales` and with 0 `sweeps` it is plain GPTQ.
+    """
 
     damp_fraction: float = 0.01
     order: Order = "none"
     block_size: int = 32
+    search_scales: bool = True
+    refit_scales: bool = True
+    sweeps: int = 4
 
 
 @dataclass(frozen=True)
@@ -112,9 +119,9 @@ class Curvature:
     order: Tensor | None  # [E, K], None for the stored order
     pseudo_tokens: Tensor
     share: Tensor  # [E] what damping and an isotropic prior added to the diagonal
-    basis: Tensor  # [E, m, K] in order, see rows.py
-    tight: bool  # what is solved is H and `share` of the identity, nothing else
-    block_size: int
+    judge: Judge
+    target: Tensor  # what is factored [E, K, K] less its damping
+    options: Options
 
     @classmethod
     def of(cls, H: Tensor, *, num_tokens: Tensor | None, prior: Tensor | None, options: Options) -> "Curvature":
@@ -129,43 +136,49 @@ class Curvature:
         if options.order == "activation":
             order = target.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         found = factor(target, options.damp_fraction, order)
-        return cls(H, found, order, n0, share + found.shift, bound_basis(H, order), tight, options.block_size)
+        judge = Judge(H, bound_basis(H, order), tight)
+        return cls(H, found, order, n0, share + found.shift, judge, target, options)
 
     def take(self, places: list[int]) -> "Curvature":
         """Some entries of the batch."""
         found = self.factor
         factor = Factor(found.ratios[places], found.diagonal[places], found.damping[places], found.shift[places])
         order = None if self.order is None else self.order[places]
-        rest = (self.pseudo_tokens[places], self.share[places], self.basis[places], self.tight, self.block_size)
-        return Curvature(self.H[places], factor, order, *rest)
+        judge = Judge(self.H[places], self.judge.basis[places], self.judge.tight)
+        rest = (self.pseudo_tokens[places], self.share[places], judge, self.target[places], self.options)
+        return Curvature(judge.H, factor, order, *rest)
 
     def solve(self, W: Tensor, fmt: Format) -> Solution:
         """Codes for W [E, N, K]."""
         if not fmt.is_packed:
             zeros = self.H.new_zeros(len(W))
             return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
-        scales, ordered = choose_scales(W, fmt), columns_first(W.to(torch.float32), self.order)
-        grid = Grid.of(scales, fmt, W.shape[-1], self.order)
-        work = round_columns(ordered, self.factor, grid, share=self.share, block_size=self.block_size)
-        ours, nearest = work.errors, work.nearest
-        bound: Tensor | None = work.bounds
-        if W.dtype is not torch.float32:  # what counts is what dequantizing to the weight's own dtype gives
-            ours, nearest = (ordered - to_storage_dtype(ordered - x, W.dtype).float() for x in (ours, nearest))
-            bound = None
-        D, D_nearest = Differences(ours, self.order), Differences(nearest, self.order)
-        better = better_rows(D, D_nearest, self.H, basis=self.basis, bound=bound, tight=self.tight)
+        problem = Problem(W, fmt, self.factor, self.order, self.share, self.options.block_size)
+        plain, nearest = problem.rounded(choose_scales(W, fmt))
+        fine = self._refined(problem, plain)
+        found, at_nearest = merged(problem, plain, nearest, fine, self.judge)
         sampled = slice(None, None, max(W.shape[1] // SAMPLES, 1))
-        power, before, after = self._errors_of(sampled, W, D_nearest, D)
+        own = [] if fine is None else [fine.left]
+        power, before, *after = self._errors_of(sampled, W, nearest, plain.left, *own)
         whole = W.shape[1] / before.shape[1]
         return Solution(
-            tensor=_encode(rows_first(work.codes, self.order), better, W, fmt, scales),
+            tensor=packed(found.codes, fmt, found.scales, W.dtype),
             damping=self.factor.damping,
             pseudo_tokens=self.pseudo_tokens,
             nearest_error=before.sum(-1) * whole,
-            error=torch.where(better[:, sampled], after, before).sum(-1) * whole,
+            error=torch.stack([before, *after]).amin(0).sum(-1) * whole,
             power=power.sum(-1) * whole,
-            rows_nearest=(~better).sum(-1),
+            rows_nearest=at_nearest.sum(-1),
         )
+
+    def _refined(self, problem: Problem, plain: Candidate) -> Candidate | None:
+        """What the options ask for beyond the plain algorithm."""
+        options = self.options
+        start = problem.rounded(problem.searched())[0] if options.search_scales else plain
+        if not options.sweeps:
+            return start if options.search_scales else None
+        shift, how = self.factor.shift, {"sweeps": options.sweeps, "refit": options.refit_scales}
+        return refined(problem, start, self.target, shift, **how)  # type: ignore[arg-type]
 
     def _errors_of(self, rows: slice, W: Tensor, *differences: Differences) -> tuple[Tensor, ...]:
         """w H w^T and d H d^T [E, n] of some rows."""
@@ -174,20 +187,6 @@ class Curvature:
             for expert in range(len(W))
         ]
         return row_errors(torch.stack(stacks), self.H).chunk(1 + len(differences), 1)
-
-
-def _encode(codes: Tensor, better: Tensor, W: Tensor, fmt: Format, scales: Scales) -> QuantizedTensor:
-    """The weight of given codes [E, N, K], of the nearest ones in rows [E, N] that are not better."""
-    rest = ~better
-    if rest.any():
-        scale, zero_point, per_tensor = scales
-        own = Scales(
-            scale[rest],
-            None if zero_point is None else zero_point[rest],
-            None if per_tensor is None else per_tensor.expand(*rest.shape, 1)[rest],
-        )
-        codes[rest] = nearest_codes(W[rest], fmt, own)
-    return packed(codes, fmt, scales, W.dtype)
 
 
 def check_weights(W: Tensor, H: Tensor) -> None:
@@ -221,6 +220,8 @@ def _check(H: Tensor, num_tokens: Tensor | None, prior: Tensor | None, options: 
         problems.append("prior is not positive semi-definite: it has a negative value on its diagonal")
     if options.order not in ORDERS:
         problems.append(f"order must be one of {', '.join(ORDERS)}, not {options.order!r}")
+    if options.sweeps < 0:
+        problems.append(f"sweeps must not be negative, it is {options.sweeps}")
     if not 0 <= options.damp_fraction < math.inf:
         problems.append(f"damp_fraction must be a number of at least 0, it is {options.damp_fraction}")
     if problems:

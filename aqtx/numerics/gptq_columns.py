@@ -16,6 +16,7 @@ from torch import Tensor
 from aqtx.formats import kernel
 from aqtx.formats.codec import Scales, decode_scale
 from aqtx.formats.elements import round_value, value_to_code
+from aqtx.formats.scale_rules import stored_scale
 from aqtx.formats.table import Format
 from aqtx.numerics.cholesky import Factor
 from aqtx.numerics.gptq_rows import SLACK
@@ -49,6 +50,7 @@ class Grid:
     zero_point: Tensor | None
     block: int
     blocks: Tensor | None  # [E, K] block of each column where they are not in the stored order
+    per_tensor: Tensor | None = None  # of NVFP4 [E, 1, 1], already in `scale`
 
     @classmethod
     def of(cls, scales: Scales, fmt: Format, num_columns: int, order: Tensor | None) -> "Grid":
@@ -56,7 +58,19 @@ class Grid:
         zero_point = None if scales.zero_point is None else scales.zero_point.to(torch.float32).mT.contiguous()
         block = fmt.block_size(num_columns)
         blocks = None if order is None else (order // block).contiguous()
-        return cls(fmt, decode_scale(scales, fmt).mT.contiguous(), zero_point, block, blocks)
+        return cls(fmt, decode_scale(scales, fmt).mT.contiguous(), zero_point, block, blocks, scales.per_tensor_scale)
+
+    def of_expert(self, expert: int) -> "Grid":
+        """The grid of one matrix, in the stored order."""
+        parts = (self.scale, self.zero_point, self.per_tensor)
+        scale, zero_point, per_tensor = (None if part is None else part[expert : expert + 1] for part in parts)
+        assert scale is not None
+        return Grid(self.fmt, scale, zero_point, self.block, None, per_tensor)
+
+    def scales(self) -> Scales:
+        """As they are stored with a [E, N, K] weight."""
+        zero_point = None if self.zero_point is None else self.zero_point.mT.contiguous().to(torch.uint8)
+        return Scales(stored_scale(self.scale.mT.contiguous(), self.fmt, self.per_tensor), zero_point, self.per_tensor)
 
     def at(self, column: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point [E, N] of the weights of one column."""

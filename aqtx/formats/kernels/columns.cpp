@@ -1,89 +1,14 @@
 // GPTQ within a leaf of a few columns: each column is rounded and its error made good by the leaf's later ones.
 //
 // Matrices lie columns first. A tile of 64 rows of one expert is finished while it lies in the cache, 64 lanes a
-// column. The arithmetic is that of columns.py and rounding.py, addition for addition and without
+// column. The arithmetic is that of gptq_columns.py and elements.py, addition for addition and without
 // contraction, so that both give the same bits.
-#include "packed.h"
-
-constexpr int kLanes = 64, kWidth = 16, kVectors = kLanes / kWidth;
-typedef float Vector __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-
-struct Round {
-  float low, high;            // integers without a zero point, or the largest float
-  float smallest, to_magic;   // floats
-  bool is_float, has_zero;
-};
-
-static INLINE Round round_of(const ColumnsTask& t) {
-  const float half = float(1 << (t.bits - 1));
-  Round r{-half, half - 1, 0, 0, t.mantissa_bits > 0, t.zero != nullptr};
-  if (r.is_float) {
-    r.low = -t.largest, r.high = t.largest;
-    r.smallest = as_float(uint32_t(128 - t.exponent_bias) << 23);
-    r.to_magic = 1.5f * as_float(uint32_t(127 + 23 - t.mantissa_bits) << 23);
-  }
-  return r;
-}
-
-static INLINE float clamp(float v, float low, float high) { v = v > low ? v : low; return v < high ? v : high; }
-
-// Integers: clamping to whole bounds before rounding is the same as after it.
-static INLINE void round_integers(float* v, const float* zero, const Round& r, float levels) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23
-  for (int l = 0; l < kLanes; l++) {
-    const float low = r.has_zero ? -zero[l] : r.low, high = r.has_zero ? levels - zero[l] : r.high;
-    v[l] = (clamp(v[l], low, high) + magic) - magic;
-  }
-}
-
-static INLINE void round_floats(float* v, const Round& r) {
-  for (int l = 0; l < kLanes; l++) {
-    const float x = clamp(v[l], r.low, r.high);
-    const float power = as_float(as_bits(x) & 0x7f800000);
-    const float magic = (power > r.smallest ? power : r.smallest) * r.to_magic;
-    v[l] = as_float((as_bits((x + magic) - magic) & 0x7fffffff) | (as_bits(x) & 0x80000000));  // -0 has a code
-  }
-}
-
-static INLINE void round_lanes(float* v, const float* zero, const Round& r, float levels) {
-  if (r.is_float) round_floats(v, r);
-  else round_integers(v, zero, r, levels);
-}
-
-// Codes of values that lie on the grid.
-static INLINE void codes_of(const float* v, const float* zero, const Round& r, const ColumnsTask& t, uint8_t* code) {
-  if (!r.is_float) {
-    for (int l = 0; l < kLanes; l++) code[l] = uint8_t(int(v[l] + (r.has_zero ? zero[l] : -r.low)));
-    return;
-  }
-  const int drop = 23 - t.mantissa_bits;
-  const uint32_t offset = uint32_t(128 - t.exponent_bias) << t.mantissa_bits, step = 1u << t.mantissa_bits;
-  for (int l = 0; l < kLanes; l++) {
-    const float magnitude = as_float(as_bits(v[l]) & 0x7fffffff);
-    const bool subnormal = magnitude < r.smallest;
-    const uint32_t shifted = as_bits(subnormal ? magnitude + r.smallest : magnitude) >> drop;
-    code[l] = uint8_t((shifted - (subnormal ? offset : offset - step)) | (as_bits(v[l]) >> 31) << (t.bits - 1));
-  }
-}
-
-// v += sum of ratios[i] * errors[i], one addition after the other.
-static INLINE void receive(float* v, const float* errors, const float* ratios, int64_t count) {
-  Vector sum[kVectors];
-  for (int k = 0; k < kVectors; k++) sum[k] = *(const Vector*)(v + kWidth * k);
-  for (int64_t i = 0; i < count; i++)
-    for (int k = 0; k < kVectors; k++) sum[k] += ratios[i] * *(const Vector*)(errors + i * kLanes + kWidth * k);
-  for (int k = 0; k < kVectors; k++) *(Vector*)(v + kWidth * k) = sum[k];
-}
-
-template <typename T> static INLINE void copy(T* to, const T* from, int64_t count) {
-  if (count == kLanes) __builtin_memcpy(to, from, sizeof(T) * kLanes);  // of a known length: a few vector moves
-  else for (int64_t l = 0; l < count; l++) to[l] = from[l];
-}
+#include "lanes.h"
 
 static INLINE void tile(const ColumnsTask& t, int64_t expert, int64_t first, const float* ratios, float* scratch) {
   const int64_t B = t.high - t.low, K = t.num_columns, N = t.num_rows, rows = N - first < kLanes ? N - first : kLanes;
-  const Round r = round_of(t);
-  const float levels = float((1 << t.bits) - 1), share = t.shares[expert];
+  const Round r = round_of(t.element, t.zero != nullptr);
+  const float levels = float((1 << t.element.bits) - 1), share = t.shares[expert];
   float *v = scratch, *e = scratch + B * kLanes;
   alignas(64) float scale[kLanes], zero[kLanes], sum[kLanes], q[kLanes], near[kLanes];
   alignas(64) uint8_t code[kLanes];
@@ -108,7 +33,7 @@ static INLINE void tile(const ColumnsTask& t, int64_t expert, int64_t first, con
     for (int l = 0; l < kLanes; l++) q[l] = mine[l] / scale[l], near[l] = error[l] / scale[l];
     round_lanes(q, zero, r, levels);
     round_lanes(near, zero, r, levels);
-    codes_of(q, zero, r, t, code);
+    codes_of(q, zero, r, t.element, code);
     const float penalty = t.penalties[expert * K + t.low + c];
     for (int l = 0; l < kLanes; l++) {
       const float rounded = q[l] * scale[l], step = mine[l] - rounded;

@@ -92,6 +92,11 @@ struct MxTask {
 };
 void quantize_mx_rows(const MxTask& task, int64_t n0, int64_t n1);
 
+struct Element {
+  int bits, mantissa_bits, exponent_bias;  // mantissa_bits 0: an integer
+  float largest;
+};
+
 // GPTQ's rounding of columns low..high of [E, K, N] matrices, errors of earlier columns made good already.
 struct ColumnsTask {
   const float* values;   // what to round but for the errors of the leaf's earlier columns
@@ -108,8 +113,36 @@ struct ColumnsTask {
   const float* shares;     // [E]
   float* bounds;           // [E, N], to which penalty * (value - rounded)^2 - share * error^2 of each column is added
   int64_t num_rows, num_columns, num_blocks, block, low, high;
-  int bits, mantissa_bits, exponent_bias;
-  float largest;
+  Element element;
 };
 int64_t column_tiles(int64_t num_rows);
 void round_columns(const ColumnsTask& task, int64_t begin, int64_t end);  // tiles, all experts' in a row
+
+// Coordinate descent over columns low..high of [E, K, N] matrices: each takes the value that is best given all others.
+struct SweepTask {
+  float* gradient;       // H times errors; exact within the leaf afterwards
+  const float* weights;
+  float* errors;         // weights less values
+  float* moved;          // out: what was added to the errors
+  uint8_t* codes;        // out
+  const float* hessian;  // [E, K, K], symmetric
+  const float* inverse;  // [E, K] of the diagonal
+  const float* scale;    // [E, num_blocks, N]
+  const float* zero;     // the same, or null
+  int64_t num_rows, num_columns, num_blocks, block, low, high;
+  Element element;
+};
+void sweep_columns(const SweepTask& task, int64_t begin, int64_t end);  // tiles, all experts' in a row
+
+// The candidate scale of least weighted squared error, for runs of `block` weights.
+struct ScaleTask {
+  const float* values;      // [R, padded], zeros behind a ragged end
+  const float* importance;  // [P, padded], run r takes row r % P
+  const float* scale;       // [C, R]
+  const float* zero;        // the same, or null
+  int64_t* best;            // [R] out: the first one among equals
+  int64_t num_runs, num_weights, num_candidates, padded;
+  bool to_bf16;             // errors are of values as bf16 holds them
+  Element element;
+};
+void best_scales(const ScaleTask& task, int64_t begin, int64_t end);

@@ -241,31 +241,6 @@ std::tuple<Tensor, Tensor> quantize_mx(const Tensor& weight, Spec spec, double l
   return {codes, scale};
 }
 
-void round_columns_leaf(const Tensor& values, const Tensor& weights, const Tensor& errors, const Tensor& nearest,
-                        const Tensor& codes, const Tensor& ratios, const Tensor& scale, const OptionalTensor& zero,
-                        const OptionalTensor& blocks, const Tensor& penalties, const Tensor& shares,
-                        const Tensor& bounds, Spec spec, double largest, int64_t low, int64_t high) {
-  for (const Tensor* x : {&values, &weights, &errors, &nearest, &scale})
-    TORCH_CHECK(x->is_contiguous() && x->scalar_type() == at::kFloat && x->dim() == 3, "aqtx: float32 [E, K, N] only");
-  TORCH_CHECK(codes.is_contiguous() && codes.scalar_type() == at::kByte, "aqtx: codes in uint8");
-  TORCH_CHECK(ratios.scalar_type() == at::kFloat && ratios.dim() == 3, "aqtx: float32 [E, K, K] only");
-  const Tensor *zeros = present(zero), *order = present(blocks);
-  TORCH_CHECK(!zeros || (zeros->is_contiguous() && zeros->scalar_type() == at::kFloat), "aqtx: zero points in float32");
-  TORCH_CHECK(!order || (order->is_contiguous() && order->scalar_type() == at::kLong), "aqtx: block numbers in int64");
-  for (const Tensor* x : {&penalties, &shares, &bounds})
-    TORCH_CHECK(x->is_contiguous() && x->scalar_type() == at::kFloat, "aqtx: bounds in float32");
-  const ColumnsTask task{values.const_data_ptr<float>(), weights.const_data_ptr<float>(), errors.data_ptr<float>(),
-                         nearest.data_ptr<float>(), codes.data_ptr<uint8_t>(), ratios.const_data_ptr<float>(),
-                         ratios.strides().data(), scale.const_data_ptr<float>(),
-                         zeros ? zeros->const_data_ptr<float>() : nullptr,
-                         order ? order->const_data_ptr<int64_t>() : nullptr,
-                         penalties.const_data_ptr<float>(), shares.const_data_ptr<float>(), bounds.data_ptr<float>(),
-                         values.size(2), values.size(1), scale.size(1), spec[4], low, high,
-                         int(spec[0]), int(spec[1]), int(spec[2]), float(largest)};
-  at::parallel_for(0, values.size(0) * column_tiles(values.size(2)), 4,
-                   [&](int64_t a, int64_t b) { round_columns(task, a, b); });
-}
-
 int64_t level() { return int64_t(cpu()); }
 
 }  // namespace
@@ -275,7 +250,6 @@ TORCH_LIBRARY(aqtx_cpu, m) {
   m.def("dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? per_tensor, int[] spec, int num_columns, ScalarType dtype) -> Tensor");
   m.def("grouped(Tensor x, Tensor offsets, Tensor[] parts, int[] specs, int[] slots, int num_outputs) -> Tensor");
   m.def("quantize_mx(Tensor weight, int[] spec, float largest, int rule, int row_bytes) -> (Tensor, Tensor)");
-  m.def("round_columns(Tensor values, Tensor weights, Tensor(a!) errors, Tensor(b!) nearest, Tensor(c!) codes, Tensor ratios, Tensor scale, Tensor? zero, Tensor? blocks, Tensor penalties, Tensor shares, Tensor(d!) bounds, int[] spec, float largest, int low, int high) -> ()");
   m.def("cpu() -> int", level);  // as in packed.h: 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16
 }
 TORCH_LIBRARY_IMPL(aqtx_cpu, CPU, m) {
@@ -283,5 +257,4 @@ TORCH_LIBRARY_IMPL(aqtx_cpu, CPU, m) {
   m.impl("dequantize", dequantize);
   m.impl("grouped", grouped);
   m.impl("quantize_mx", quantize_mx);
-  m.impl("round_columns", round_columns_leaf);
 }
