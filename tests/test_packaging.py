@@ -80,6 +80,33 @@ def test_the_sdist_builds_the_same_wheel(clone, wheel_files, tmp_path):
     assert (unpacked / "LICENSE").is_file()
 
 
+@pytest.fixture(scope="module")
+def editable(clone, tmp_path_factory) -> Path:
+    """What `pip install -e` of a clone named `aqtx` puts into site-packages; the clone lies beside it."""
+    folder = tmp_path_factory.mktemp("editable")
+    shutil.copytree(clone, folder / "aqtx", symlinks=True)
+    code = f"import setuptools.build_meta as build; build.build_editable({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=folder / "aqtx", check=True, capture_output=True)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site-packages")
+    return folder
+
+
+@pytest.mark.parametrize("place", [".", "aqtx", "aqtx/tests", "/"])
+def test_an_editable_install_is_found_from_anywhere(editable, place):
+    """Also from the folder that holds the clone, where `aqtx` could be taken for an empty namespace package."""
+    code = (
+        f"import sys, site; site.addsitedir({str(editable / 'site-packages')!r}); sys.path.insert(0, '');"
+        "import aqtx; print(aqtx.__file__)"
+    )
+    # -S: no site-packages but ours, where this project may be installed as well
+    command = [sys.executable, "-I", "-S", "-c", code]
+    done = subprocess.run(command, cwd=editable / place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (editable / place / done.stdout.strip()).resolve() == editable / "aqtx" / "aqtx" / "__init__.py"
+
+
 def test_the_linked_folders_are_relative_links_to_one_copy():
     for name in LINKS:
         assert (ROOT / "aqtx" / name).is_symlink()
@@ -135,6 +162,9 @@ def test_the_package_imports_without_the_project_root_on_the_path(clone, tmp_pat
         check=True,
         capture_output=True,
     )
+    alone = (
+        f"import sys; sys.path.remove({str(ROOT)!r}) if {str(ROOT)!r} in sys.path else None"  # an editable install's
+    )
     code = (
         "import aqtx.runs.recipe as r, importlib.util as u, pathlib;"
         f"assert pathlib.Path(r.__file__).is_relative_to({str(tmp_path)!r}), r.__file__;"
@@ -143,7 +173,7 @@ def test_the_package_imports_without_the_project_root_on_the_path(clone, tmp_pat
         "from aqtx.runs.recipe import load_recipe; load_recipe('quickstart')"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        [sys.executable, "-I", "-c", f"{alone}; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
         capture_output=True,
         text=True,
     )
