@@ -15,7 +15,7 @@ from aqtx.sensitivity.trial import KEYS, measure_trials
 class AnnotateTrial(ByFormatOnText):
     """Annotate every matrix with the change that rounding it alone makes on calibration text.
 
-    The change is that of its block's output, or the divergence of the model's predictions. The whole model is resident.
+    The change is that of its block's output, or the divergence of the model's predictions.
 
     site -> site{trial: {mxfp4: 0.0031}}   or, with measure: loss, site{trial_loss: {mxfp4: 4.1e-05}}
 

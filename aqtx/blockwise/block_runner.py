@@ -139,6 +139,10 @@ class Runner:
             values = self.stream.read(batch, self.device)
             self.stream.write(batch, self._run(block.nodes, values, weights, block.later))
 
+    def run(self, block: Block, values: Values, weights: Values) -> Values:
+        """What a block hands on, made of the values that flow into it."""
+        return self._run(block.nodes, values, weights, block.later)
+
     def collect(self, block: Block, weights: Values, wanted: Sequence["Want"]) -> None:
         """Add all batches' inputs to the moments wanted."""
         keep = {node for want in wanted for node in want.reads}

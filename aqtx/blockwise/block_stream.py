@@ -69,6 +69,12 @@ class Stream:
             if isinstance(value, Path) and str(value) not in kept:
                 value.unlink(missing_ok=True)
 
+    def append(self, values: Values) -> int:
+        """A further batch; returns its number."""
+        self._batches.append({})
+        self.write(len(self._batches) - 1, values)
+        return len(self._batches) - 1
+
     def mark(self) -> Mark:
         """Where the stream stands: all batches' values as they are now."""
         return list(self._batches)

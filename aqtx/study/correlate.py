@@ -18,7 +18,9 @@ from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Context
-from aqtx.sensitivity.trial import Trials
+from aqtx.sensitivity.trial import try_all
+
+FIRST_TRIALS = 8  # that share a run through the model
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,15 @@ def measure_truth(program: Program, settings: Settings, context: Context, second
     Nothing is annotated: a method that tries matrices itself is held against this, not replaced by it.
     """
     sites, fmt = divide(program, settings).planned, settings.formats[0]
-    trials = Trials.prepare(program, ids)
     found = Truth([], [], fmt)
     stop = time.perf_counter() + seconds
-    for site in context.progress(_in_turns(sites, context.seed), description="trials"):
-        if time.perf_counter() > stop:
-            break
-        found.sites.append(site)
-        found.loss.append(trials.change(site, fmt, "loss"))
+    waiting, size = _in_turns(sites, context.seed), FIRST_TRIALS
+    while waiting and time.perf_counter() < stop:
+        tried, waiting = waiting[:size], waiting[size:]
+        for (site, _), loss in try_all(program, [(site, fmt) for site in tried], ids, context, measure="loss").items():
+            found.sites.append(site)
+            found.loss.append(loss)
+        size *= 2  # so the last round takes at most half of all the time
     return found
 
 
