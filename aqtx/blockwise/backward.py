@@ -17,6 +17,7 @@ from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Mark
 from aqtx.blockwise.linear_rows import Rows, Taps
 from aqtx.blockwise.shelf import Shelf
+from aqtx.machine.memory import release_unused
 from aqtx.program.blocks import Block, Values, evaluate
 
 Head = Callable[[Tensor, int], Tensor]  # logits [B, T, V] of a batch -> the loss's gradient for them
@@ -55,14 +56,17 @@ class Backward:
         for block in progress(self.blocks[:-1], description="fisher forward"):
             self.runner.advance(block, self.runner.load(block))
             self._marks.append(self.runner.stream.mark())
+        release_unused()
 
     def backward(self, head: Head, progress: Progress) -> Iterator[Block]:
         """Yields each block once its rows are there, until the next is asked for."""
         for block in progress(self.blocks[self.depth :][::-1], description="fisher backward"):
             self._run_block(block, head)
+            release_unused()  # of the block's weights and activations
             yield block
             for batch in self.runner.batches:
                 self.rows.drop(str(batch))
+            release_unused()
 
     def rows_of(self, node: fx.Node) -> Iterator[tuple[int, Rows]]:
         """Batches with the rows that a linear of the block just yielded saw."""

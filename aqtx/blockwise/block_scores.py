@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.work_size import parameter_bytes, stream_bytes, tokens_at_once
+from aqtx.machine.memory import release_unused
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks, whole
 from aqtx.program.program import Program
 
@@ -63,6 +64,7 @@ class BlockScorer:
                 runner.stream.write(index, {placeholder: ids})
             for block in self.progress(self.blocks[:-1], description="blocks"):
                 runner.advance(block, runner.load_as_stands(block))
+                release_unused()
             yield from self._last(runner, self.blocks[-1])
 
     def _last(self, runner: Runner, block: Block) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """How much memory is free, and how much this process has taken at most."""
 
+import ctypes
 import os
 import re
 import resource
@@ -30,6 +31,13 @@ def room_for_work(device: torch.device, max_memory: int | None = None) -> int:
     if max_memory is not None:
         room = min(room, max_memory - (resident_bytes() if device.type == "cpu" else 0))
     return max(room, 0)
+
+
+def release_unused() -> None:
+    """Hand freed memory back to the system, where the C library can: else its heap keeps what large tensors left."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def bytes_of(text: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
+from aqtx.machine.memory import release_unused
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context, Pass
 from aqtx.runs.verify import Probe, check_graphs, compare, probe_batch, probe_outputs
@@ -76,6 +77,7 @@ class Run:
         started = time.perf_counter()
         try:
             changes = step.run(self.program, self.context)
+            release_unused()  # the next pass counts on it
         except InputError as error:
             raise InputError(*(f"passes.{place}.{step.name}: {problem}" for problem in error.problems)) from error
         row = PassRow(step.name, time.perf_counter() - started, changes)

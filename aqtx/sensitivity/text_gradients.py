@@ -15,6 +15,7 @@ from aqtx.program.program import Program
 from aqtx.registry import Context
 
 TOKENS_PER_BATCH = 2048
+BACKWARD_SHARE = 4  # autograd keeps what a forward pass lets go, and each of it gets a gradient
 
 
 @contextmanager
