@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for its users; read when it is imported
+    # oneDNN compiles a kernel for every shape and keeps 1024 of them, some hundred MB. Experts see another number of
+    # rows in every batch, so few are used again: with 128 the quickstart takes as long. Read when it computes first.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
         arguments = parse_arguments(words)
         # torchao registers its enums in a way that torch 2.13 logs a deprecation for; it is none of a user's business.

@@ -16,6 +16,7 @@ from aqtx.program.program import Program
 from aqtx.program.site import Site
 
 Item = TypeVar("Item")
+Walks = Literal["matrices", "forward", "backward", "trials", "rounding", "resident"]
 Stage = Literal["annotate", "plan", "rotate", "round", "emit", "train", "other"]
 _CPU = torch.device("cpu")
 
@@ -90,6 +91,10 @@ class Pass:
     annotates: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """How the pass goes through the model, which decides its memory; and of how many sequences, None for all."""
+        return "matrices", None
 
     def validate(self) -> list[str]:
         """Problems of the pass's own field values, as sentences; no program is needed."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Changes, Context, register
+from aqtx.registry import Changes, Context, Walks, register
 from aqtx.sensitivity.by_format import ByFormatOnText, annotated
 from aqtx.sensitivity.fisher import KEYS, Detail, measure_fisher
 
@@ -26,6 +26,10 @@ class AnnotateFisher(ByFormatOnText):
 
     num_sequences: int = 64
     detail: Detail = "direction"
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """Forward and back."""
+        return "backward", self.num_sequences
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Measure; the values go into the details by site."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Changes, Context, register
+from aqtx.registry import Changes, Context, Walks, register
 from aqtx.sensitivity.by_format import ByFormat, annotated
 from aqtx.sensitivity.inputs import measure_inputs
 
@@ -21,6 +21,10 @@ class AnnotateHessian(ByFormat):
     """
 
     annotates = ("hessian", "frequency", "gate_weight")
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """Block by block."""
+        return "forward", None
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Measure; the values go into the details by site."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Changes, Context, register
+from aqtx.registry import Changes, Context, Walks, register
 from aqtx.sensitivity.by_format import ByFormatOnText, annotated
 from aqtx.sensitivity.trial import KEYS, measure_trials
 
@@ -26,6 +26,10 @@ class AnnotateTrial(ByFormatOnText):
     annotates = tuple(KEYS.values())
 
     measure: Literal["block", "loss"] = "block"
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """Block by block, every trial."""
+        return "trials", self.num_sequences
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Measure; the values go into the details by site."""

@@ -15,7 +15,7 @@ from aqtx.program.edits import QuantizeActivation
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Changes, Context, Pass, Refusal, register
+from aqtx.registry import Changes, Context, Pass, Refusal, Walks, register
 from aqtx.sensitivity.selection import unique_sites
 
 
@@ -37,6 +37,10 @@ class AssignPlan(Settings, Pass):
     def validate(self) -> list[str]:
         """Problems of the fields."""
         return self.problems()
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """As its method does."""
+        return self.row.walks(self.own)
 
     def misfits(self, program: Program) -> list[str]:
         """Selectors without a match, a manual plan that does not fit, codes in the place of weights."""

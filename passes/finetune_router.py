@@ -16,7 +16,7 @@ from aqtx.finetune.routed import experts_per_token, routed, router_sites
 from aqtx.numerics.intervals import bootstrap_ratio
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Changes, Context, Pass, register
+from aqtx.registry import Changes, Context, Pass, Walks, register
 
 
 @register("finetune_router")
@@ -87,6 +87,10 @@ class FinetuneRouter(Pass):
     def find(self, program: Program) -> list[Site]:
         """What `unfreeze_router` marked."""
         return [site for site in program.sites() if site.get("trainable")]
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """The whole model, with gradients of its routers."""
+        return "resident", None
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Train, keep the best step, and prove that nothing else changed."""

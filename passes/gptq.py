@@ -14,7 +14,7 @@ from aqtx.numerics.gptq import Options
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Changes, Context, Pass, register
+from aqtx.registry import Changes, Context, Pass, Walks, register
 from aqtx.rotation.select import check_planned
 
 
@@ -63,6 +63,10 @@ class Gptq(Pass):
     max_memory: int | None = None
     stream: Literal["auto", "memory", "disk"] = "auto"
     tokens_per_batch: int = 2048
+
+    def walks(self) -> tuple[Walks, int | None]:
+        """Block by block, with moments."""
+        return "rounding", None
 
     def validate(self) -> list[str]:
         """Numbers must make sense."""

@@ -66,6 +66,7 @@ class BlockScorer:
                 runner.advance(block, runner.load_as_stands(block))
                 release_unused()
             yield from self._last(runner, self.blocks[-1])
+        release_unused()
 
     def _last(self, runner: Runner, block: Block) -> Iterator[Tensor]:
         [logits] = self.program.graph.output_node().all_input_nodes

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Apply, then print what came of it."""
-    from aqtx.commands.summary import summarize
+    from aqtx.commands.summary import print_needs, summarize
     from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -25,7 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     with joined() as ranks:
-        report = apply_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite, ranks=ranks)
+        report = apply_recipe(
+            recipe, resume=arguments.resume, overwrite=arguments.overwrite, ranks=ranks, tell=print_needs
+        )
     if ranks.leads:
         print(summarize(report.data))
         print(f"\n{report.directory / 'report.html' if recipe.report else report.directory}")

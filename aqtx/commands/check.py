@@ -11,13 +11,17 @@ def run(arguments: argparse.Namespace) -> int:
     from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from aqtx.runs.apply import program_of
+    from aqtx.commands.summary import print_needs
+    from aqtx.runs.memory_needs import needs
+    from aqtx.runs.opening import program_of
     from aqtx.runs.preflight import preflight, unread
 
-    if problems := unread(recipe) + preflight(recipe, program_of(recipe)):
+    program = program_of(recipe)
+    if problems := unread(recipe) + preflight(recipe, program):
         raise InputError(*problems)
     steps = " -> ".join(step.name for step in recipe.passes)
     print(f"{arguments.recipe}: all right. {recipe.model.source}: {steps or 'no passes'}")
+    print_needs(needs(recipe, program))
     return 0
 
 

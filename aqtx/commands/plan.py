@@ -66,7 +66,7 @@ def conclusion(plan: "Plan") -> str:
 def converted(recipe: "Recipe", path: Path) -> dict[str, object]:
     """The plan's other form: layers of patterns become a scheme per site, anything else the layered form."""
     from aqtx.planning.manual import compact, expand, load_json, read_manual
-    from aqtx.runs.apply import program_of
+    from aqtx.runs.opening import program_of
 
     data = load_json(str(path))
     names = [site.name for site in program_of(recipe, config_only=True).sites()]

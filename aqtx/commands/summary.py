@@ -1,10 +1,13 @@
 """The final words of a run: `report.json` as a table for the terminal."""
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from aqtx.commands.tables import format_bytes, format_seconds, format_table
+
+if TYPE_CHECKING:
+    from aqtx.runs.memory_needs import Need
 
 
 def summarize(data: dict[str, Any]) -> str:
@@ -75,3 +78,12 @@ def _totals(data: dict[str, Any]) -> str:
         f"{data['weights']['total']:,} weights = {' + '.join(parts)}\n"
         f"{format_seconds(data['seconds'])}, at most {memory} of memory"
     )
+
+
+def print_needs(needs: "Sequence[Need]") -> None:
+    """What each stage will take at most, before it begins."""
+    rows = [
+        [need.stage, format_bytes(need.peak), format_bytes(need.disk) if need.disk else "", need.streams]
+        for need in needs
+    ]
+    print(format_table(["stage", "memory, at most about", "disk", "streams"], rows) + "\n")

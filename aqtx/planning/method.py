@@ -15,7 +15,7 @@ from aqtx.formats import Format
 from aqtx.planning.question import Options
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Context
+from aqtx.registry import Context, Walks
 from aqtx.sensitivity.measured import Request
 
 Own = Mapping[str, Any]  # values of the keys that a method's row names
@@ -39,6 +39,7 @@ class Method:
         options: keys of `assign_plan` that it reads beside those of its kind.
         needs: annotations that an earlier pass must have made.
         needs_text: it looks at calibration text.
+        walks: own -> how `measure` goes through the model, and with how many sequences, None for all.
         measure: (program, wanted, own, context, seed) -> details for the report. Annotates what is lacking; errors by
             format are there already.
         cost: (sites, formats, own, seed) -> [sites, formats], from what the sites are annotated with.
@@ -59,6 +60,7 @@ class Method:
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     needs_text: bool = False
+    walks: Callable[[Own], tuple[Walks, int | None]] = lambda own: ("matrices", None)
     measure: Measure | None = None
     cost: Cost | None = None
     choose: Choose | None = None

@@ -4,23 +4,20 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.checkpoint.locate import locate
-from aqtx.checkpoint.open import open_program
 from aqtx.checkpoint.write import write_model
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window_of
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
-from aqtx.machine.devices import device_of
 from aqtx.machine.files import read_json, read_record, write_record, write_text
 from aqtx.machine.marker import add_names
 from aqtx.machine.memory import peak_bytes, room_for_work
@@ -28,7 +25,7 @@ from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
 from aqtx.program.codes import CODES
 from aqtx.program.program import Program
-from aqtx.registry import PASSES, Context, Pass, Refusal
+from aqtx.registry import PASSES, Pass, Refusal
 from aqtx.runs.directory import RunDirectory
 from aqtx.runs.fingerprint import (
     SourceWatch,
@@ -38,15 +35,15 @@ from aqtx.runs.fingerprint import (
     origin,
     versions,
 )
+from aqtx.runs.memory_needs import Need, needs
+from aqtx.runs.opening import folder_of, program_of, recipe_context
 from aqtx.runs.pipeline import Run
 from aqtx.runs.preflight import preflight, unread
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
 from aqtx.text import own_text, self_sampling
-from aqtx.text.tokens import WRITTEN, Document, calibration, evaluation, load_tokenizer, start_of
-
-_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from aqtx.text.tokens import Document, evaluation, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,28 @@ def apply(recipe: str | Path | dict[str, Any], **overrides: Any) -> Report:
 
 
 def apply_recipe(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False, ranks: Ranks = ALONE
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    ranks: Ranks = ALONE,
+    tell: Callable[[list[Need]], None] | None = None,
 ) -> Report:
-    """Run a validated recipe and write its output folder; with several ranks, each calls this with its own."""
+    """Run a validated recipe and write its output folder; with several ranks, each calls this with its own.
+
+    `tell` is given what each stage needs of memory and disk, before anything is read.
+    """
     if recipe.output is None:
         raise InputError("output: this key is required to apply a recipe")
     with RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite, leads=ranks.leads) as directory:
         complete = resume and all(ranks.gather(directory.complete))
         if complete:
             return _finished(recipe, directory)
-        return _Runner(recipe, directory, quiet, ranks).run()
+        runner = _Runner(recipe, directory, quiet, ranks)
+        if tell is not None and ranks.leads:
+            tell(needs(recipe, runner.program))
+        return runner.run()
 
 
 def _finished(recipe: Recipe, directory: RunDirectory) -> Report:
@@ -189,7 +198,7 @@ class _Runner:
         spec = self.recipe.evaluate
         if spec is None or spec.perplexity is None:
             return None
-        return evaluation(spec.perplexity, load_tokenizer(_folder(self.program)), max_tokens=spec.max_tokens)
+        return evaluation(spec.perplexity, load_tokenizer(folder_of(self.program)), max_tokens=spec.max_tokens)
 
     def _score(self, documents: list[Document] | None, moment: str) -> DocumentScores | None:
         """Perplexity of the program as it stands; kept with the resume points, as is every finished stage."""
@@ -258,41 +267,6 @@ def write_tables(program: Program, passes: Sequence[Pass], folder: Path) -> None
         for name, text in step.tables(program).items():
             add_names(folder, [name])
             write_text(folder / name, text)
-
-
-def program_of(recipe: Recipe, *, config_only: bool = False) -> Program:
-    """The recipe's model, traced, on the recipe's device; `config_only` reads nothing but config.json."""
-    program = open_program(recipe.model.source, _DTYPES[recipe.model.dtype], config_only=config_only)
-    return program.to(device_of(recipe.device))
-
-
-def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None, quiet: bool = False) -> Context:
-    """What passes of the recipe are lent: its seed, its device, its calibration text."""
-    context = Context(seed=recipe.seed, device=program.device, work=work, quiet=quiet)
-    context.max_memory = recipe.memory_limit
-    context.load_calibration = lambda: _calibration(recipe, program, context)
-    return context
-
-
-def _calibration(recipe: Recipe, program: Program, context: Context) -> torch.Tensor:
-    """Token ids: written by the model itself, or from text."""
-    spec = recipe.calibration
-    if spec.source in WRITTEN:
-        folder = program.folder
-        known = folder is not None and any(folder.glob("tokenizer*"))  # no tokenizer, nothing that it puts
-        start = start_of(load_tokenizer(_folder(program))) if known else []
-        if spec.source == "self":
-            return own_text.calibration(
-                program, spec, recipe.seed, context.work, start=start, progress=context.progress
-            )
-        return self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
-    return calibration(spec, load_tokenizer(_folder(program)), recipe.seed, progress=context.progress)
-
-
-def _folder(program: Program) -> Path:
-    if program.folder is None:
-        raise InputError("the model has no folder, so there is no tokenizer to read text with")
-    return program.folder
 
 
 def _perplexity(before: DocumentScores | None, after: DocumentScores | None, seed: int) -> dict[str, Any]:

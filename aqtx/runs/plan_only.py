@@ -15,7 +15,8 @@ from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
 from aqtx.program.roles import CATEGORIES
 from aqtx.registry import Pass
-from aqtx.runs.apply import program_of, recipe_context, write_tables
+from aqtx.runs.apply import write_tables
+from aqtx.runs.opening import program_of, recipe_context
 from aqtx.runs.pipeline import Run
 from aqtx.runs.recipe import Recipe
 

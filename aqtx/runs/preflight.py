@@ -7,6 +7,7 @@ from aqtx.errors import problems_of
 from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.registry import Pass
+from aqtx.runs import memory_needs
 from aqtx.runs.pipeline import misfits
 from aqtx.runs.recipe import Recipe
 from aqtx.text.sources import check_source
@@ -35,7 +36,7 @@ def preflight(recipe: Recipe, program: Program) -> list[str]:
         problems += _named("evaluate.perplexity", problems_of(lambda: check_source(text)))
     if spec is not None and spec.include_path is not None and not Path(spec.include_path).is_dir():
         problems.append(f"evaluate.include_path: there is no folder {spec.include_path!r}")
-    return problems
+    return problems or memory_needs.problems(recipe, program)
 
 
 def out_of_order(passes: Sequence[Pass]) -> list[str]:

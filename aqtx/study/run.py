@@ -20,8 +20,8 @@ from aqtx.program.accounting import kept_bytes
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 from aqtx.registry import Context, Pass, annotator
-from aqtx.runs.apply import program_of, recipe_context
 from aqtx.runs.fingerprint import source_hashes
+from aqtx.runs.opening import program_of, recipe_context
 from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import EvaluateSpec, Recipe
 from aqtx.runs.schema import plain

@@ -10,11 +10,16 @@ from aqtx.formats import Format
 from aqtx.planning.method import Method, Own, register
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Context
+from aqtx.registry import Context, Walks
 from aqtx.sensitivity.calibrated import alpha_variants, annotate_fit, fit, log_ratio
 from aqtx.sensitivity.fisher import KEYS, measure_fisher
 from aqtx.sensitivity.measured import Request, error_table, smallest, values
 from aqtx.sensitivity.trial import measure_trials
+
+
+def walks(own: Own) -> tuple[Walks, int | None]:
+    """As what it is fitted to is measured."""
+    return ("backward", own["fisher_sequences"]) if own["fit_to"] == "fisher" else ("trials", own["trial_sequences"])
 
 
 def measure(program: Program, wanted: Sequence[Request], own: Own, context: Context, seed: int) -> dict[str, Any]:
@@ -67,6 +72,9 @@ register(
         summary="squared error weighted by alpha as fitted to this model",
         options=("fit_to", "num_trials", "trial_sequences", "fisher_sequences", "fisher_detail", "seed"),
         needs_text=True,
+        walks=lambda own: (
+            ("backward", own["fisher_sequences"]) if own["fit_to"] == "fisher" else ("trials", own["trial_sequences"])
+        ),
         measure=measure,
         cost=cost,
         arms={"calibrated": {}},

@@ -32,6 +32,7 @@ register(
         summary="the divergence of the model's predictions that gradients on calibration text foretell",
         options=("fisher_sequences", "fisher_detail"),
         needs_text=True,
+        walks=lambda own: ("backward", own["fisher_sequences"]),
         measure=measure,
         cost=cost,
         arms={

@@ -30,6 +30,7 @@ register(
         name="hessian",
         summary="squared error weighted by how strong each input channel is on calibration text",
         needs_text=True,
+        walks=lambda own: ("forward", None),
         measure=measure,
         cost=cost,
         arms={"hessian": {}},

@@ -22,6 +22,7 @@ register(
         name="pmq",
         summary="squared error weighted by how often and how strongly experts are asked",
         needs_text=True,
+        walks=lambda own: ("forward", None),
         measure=measure,
         cost=cost,
         arms={"pmq": {}},

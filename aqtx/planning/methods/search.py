@@ -8,6 +8,7 @@ register(
         summary="the bits of method `base` lowered as far as a perplexity ceiling allows",
         options=(*OF_DECISIONS, *OF_COSTS, "average_bits", "cost_model", "base", "perplexity_ceiling", "search_steps"),
         needs_text=True,
+        walks=lambda own: ("resident", None),
         budget="optional",
         base=False,
     )

@@ -35,6 +35,7 @@ register(
         summary="the divergence measured when each matrix alone is rounded; slow",
         options=("trial_sequences",),
         needs_text=True,
+        walks=lambda own: ("trials", own["trial_sequences"]),
         measure=measure,
         cost=cost,
         arms={"trial": {}},

@@ -1,0 +1,150 @@
+"""What each stage of a recipe will take at most: memory, disk, and what streams. Told before anything is read.
+
+All of it follows from shapes. A stage holds what the process holds already, and beside that
+
+    matrices   some copies of the largest matrix
+    forward    a block's weights and, on the way, what its linears read and write for one batch
+    backward   the same, with what autograd keeps, a gradient for each of it, and errors of one matrix
+    trials     forward, with a changed stream for each trial
+    rounding   forward, with moments of as many experts as the limit has room for
+    resident   the whole model, and forward
+
+What waits between two blocks is in memory where it is a small part of the room, else on disk.
+"""
+
+from dataclasses import dataclass, field
+
+from aqtx.blockwise.block_scores import RESIDENT_SHARE
+from aqtx.blockwise.work_size import activation_bytes, block_bytes, parameter_bytes, stream_bytes, tokens_at_once
+from aqtx.machine.memory import resident_bytes, room_for_work
+from aqtx.program.blocks import split_blocks
+from aqtx.program.program import Program
+from aqtx.registry import Pass, Walks
+from aqtx.runs.recipe import Recipe
+from aqtx.sensitivity.text_gradients import BACKWARD_SHARE, TOKENS_PER_BATCH
+
+FORWARD_COPIES = 1.2  # of what linears read and write: norms, products, copies in another order
+BACKWARD_COPIES = 6.0  # what autograd keeps of a batch, the gradients, the rows laid aside
+MATRIX_COPIES = 8  # float32 copies of one matrix while it is measured or rounded
+KERNELS = 300_000_000  # libraries, once they compute: compiled kernels that oneDNN keeps, the tokenizer's library
+EVALUATED_TOKENS = 200_000  # where a recipe does not say how many
+
+
+@dataclass(frozen=True)
+class Need:
+    """One stage's row of the table, in bytes."""
+
+    stage: str
+    peak: int  # of RssAnon + RssShmem, all that the process holds
+    disk: int
+    streams: str
+
+
+@dataclass
+class Sizes:
+    """A program's sizes, what the process holds, and the room there is beside it."""
+
+    program: Program
+    held: int
+    room: int
+    matrix: int = field(init=False)  # float32 bytes of the largest matrix, worked on
+    block: int = field(init=False)  # a block's weights while they are loaded
+    model: int = field(init=False)  # all weights
+
+    def __post_init__(self) -> None:
+        """Of a stack all experts are read, then copied: that of the largest counts twice."""
+        program, specs = self.program, self.program.weights.specs
+        self.blocks = split_blocks(program.graph, specs)
+        largest = max((spec.numel * spec.dtype.itemsize for spec in specs.values()), default=0)
+        self.matrix = 4 * MATRIX_COPIES * max((site.numel for site in program.sites()), default=0)
+        self.block = largest + max(block_bytes(program, block) for block in self.blocks)
+        self.model = parameter_bytes(program, specs)
+        self.tokens = tokens_at_once(program, self.blocks)
+
+    def need(self, stage: str, peak: int, disk: int = 0, streams: str = "no") -> Need:
+        """A row; the peak is given beside what is held."""
+        return Need(stage, self.held + KERNELS + peak, disk, streams)
+
+    def batch(self, tokens: int, copies: float) -> int:
+        """What a block computes on the way for so many tokens."""
+        return int(copies * tokens * activation_bytes(self.program, self.blocks))
+
+    def waiting(self, num_bytes: int, share: int) -> tuple[int, int]:
+        """Memory and disk of what waits, which goes to disk where it takes more than a share of the room."""
+        return (0, num_bytes) if num_bytes > self.room // share else (num_bytes, 0)
+
+
+def needs(recipe: Recipe, program: Program) -> list[Need]:
+    """The table's rows, in the order of the run."""
+    sizes = Sizes(program, resident_bytes(), room_for_work(program.device, recipe.memory_limit))
+    passes = [pass_need(sizes, step, recipe) for step in recipe.passes]
+    if recipe.evaluate is None:
+        return passes
+    packed = min((bits / 16 for step in recipe.passes if (bits := getattr(step, "average_bits", None))), default=1.0)
+    before, after = (evaluation_need(sizes, recipe, moment) for moment in (("before", 1.0), ("after", packed)))
+    return [before, *passes, after]
+
+
+def problems(recipe: Recipe, program: Program) -> list[str]:
+    """A sentence where a limit does not even hold a block; its nearest setting is the largest stage's."""
+    if recipe.memory_limit is None and program.device.type != "cpu":
+        return []
+    largest = max(needs(recipe, program), key=lambda need: need.peak, default=None)
+    limit = recipe.memory_limit or resident_bytes() + room_for_work(program.device)
+    if largest is None or largest.peak <= limit:
+        return []
+    nearest = -(-largest.peak // 10**8) * 100
+    return [
+        f"max_memory: {largest.stage} needs about {largest.peak / 1e9:.2f} GB with all that can wait on disk there, "
+        f"and {limit / 1e9:.2f} GB may be taken; the nearest setting that does is max_memory={nearest}MB"
+    ]
+
+
+def evaluation_need(sizes: Sizes, recipe: Recipe, moment: tuple[str, float]) -> Need:
+    """Scoring the model as it is, or packed to a share of its size."""
+    assert recipe.evaluate is not None
+    when, share = moment
+    model, tokens = int(sizes.model * share), min(sizes.tokens, recipe.evaluate.max_tokens or sizes.tokens)
+    stage, work = f"evaluate {when}", sizes.batch(tokens, FORWARD_COPIES)
+    if model <= sizes.room // RESIDENT_SHARE:
+        return sizes.need(stage, model + work)
+    num_bytes = stream_bytes(sizes.program, recipe.evaluate.max_tokens or EVALUATED_TOKENS)
+    memory, disk = sizes.waiting(num_bytes, 8)
+    return sizes.need(stage, int(sizes.block * share) + work + memory, disk, "one block at a time")
+
+
+def pass_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
+    """One pass's row."""
+    walks, count = step.walks()
+    sequences = min(count or recipe.calibration.num_sequences, recipe.calibration.num_sequences)
+    tokens = sequences * recipe.calibration.sequence_length
+    if walks == "matrices":
+        return sizes.need(step.name, sizes.matrix, streams="one matrix at a time")
+    if walks == "resident":
+        return sizes.need(step.name, sizes.model + sizes.batch(sizes.tokens, FORWARD_COPIES))
+    rows = min(sizes.tokens, TOKENS_PER_BATCH, tokens)
+    batch, kept, share = _walk(sizes, walks, tokens, rows)
+    memory, disk = sizes.waiting(kept, share)
+    peak = sizes.block + batch + memory + sizes.matrix
+    if walks == "rounding":
+        peak, disk = peak + _moments(sizes, peak), disk + sizes.model // 2
+    return sizes.need(step.name, peak, disk, "one block at a time")
+
+
+def _walk(sizes: Sizes, walks: Walks, tokens: int, rows: int) -> tuple[int, int, int]:
+    """What a batch takes, what waits between blocks, and the share of the room that may wait in memory."""
+    stream = stream_bytes(sizes.program, tokens)
+    if walks == "backward":
+        rows = max(min(rows, sizes.tokens // BACKWARD_SHARE), 1)
+        return sizes.batch(rows, BACKWARD_COPIES), len(sizes.blocks) * stream + sizes.batch(tokens, 1), 4
+    if walks == "trials":
+        return sizes.batch(tokens, FORWARD_COPIES), stream * len(sizes.program.sites()), 4
+    return sizes.batch(rows, FORWARD_COPIES), stream, 4
+
+
+def _moments(sizes: Sizes, taken: int) -> int:
+    """Moments [K, K] of a stage's experts, or of as many as fit."""
+    by_node: dict[object, int] = {}
+    for site in sizes.program.sites():
+        by_node[site.node] = by_node.get(site.node, 0) + 4 * site.shape[1] ** 2
+    return min(max(by_node.values(), default=0), max(sizes.room - taken, 0))

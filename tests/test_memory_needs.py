@@ -1,0 +1,102 @@
+"""Memory is promised before a run: how the limit is spelt, the table, what cannot fit, the estimate against reality."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aqtx import cli
+from aqtx.errors import InputError
+from aqtx.machine.memory import bytes_of
+from aqtx.runs.recipe import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("8GiB", 8 << 30), ("500 MB", 500_000_000), ("1.5gb", 1_500_000_000), ("2KiB", 2048), ("12", 12), ("7B", 7)],
+)
+def test_sizes_are_read(text: str, number: int) -> None:
+    assert bytes_of(text) == number
+    assert load_recipe("quickstart", {"max_memory": text}).memory_limit == number
+
+
+@pytest.mark.parametrize("value", ["much", "8 GiBs", "-3GB", 0, -5])
+def test_what_is_no_size_is_told(value: object) -> None:
+    with pytest.raises(InputError, match=r"^max_memory: "):
+        load_recipe("quickstart", {"max_memory": value})
+
+
+def test_the_limit_decides_no_result() -> None:
+    """So it stands in no resolved recipe, and a run goes on under another one."""
+    limited, free = load_recipe("quickstart", {"max_memory": "4GB"}), load_recipe("quickstart")
+    assert limited.resolved() == free.resolved()
+
+
+def test_check_prints_what_each_stage_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "quickstart", "max_memory=1GB"]) == 0
+    told = capsys.readouterr().out
+    rows = [line.split("  ")[0] for line in told.splitlines()]
+    stages = ["evaluate before", "annotate_alpha", "assign_plan", "gptq", "emit", "evaluate after"]
+    assert [row for row in rows if row in stages] == stages
+    assert "one block at a time" in told
+
+
+@pytest.mark.parametrize("command", ["check", "apply"])
+def test_what_cannot_fit_is_one_sentence(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    assert cli.main([command, "quickstart", "max_memory=50MB", f"output={output}"]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "max_memory" in line]
+    assert "0.05 GB may be taken; the nearest setting that does is max_memory=" in line
+    assert not output.exists()
+    nearest = line.rsplit("max_memory=", 1)[1]
+    assert cli.main(["check", "quickstart", f"max_memory={nearest}"]) == 0
+
+
+ENVIRONMENT = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}  # as the command line sets it
+CHILD = """
+import json, sys, threading, time
+import torch
+from aqtx.machine.memory import resident_bytes
+from aqtx.registry import Pass
+from aqtx.runs import apply
+from aqtx.runs.recipe import load_recipe
+
+torch.set_num_threads(1)
+peaks, now, told = {}, {"stage": ""}, []
+
+def watch():
+    while True:
+        peaks[now["stage"]] = max(peaks.get(now["stage"], 0), resident_bytes())
+        time.sleep(0.005)
+
+run = Pass.run
+
+def named(self, *arguments):
+    now["stage"] = self.name
+    found = run(self, *arguments)
+    now["stage"] = ""
+    return found
+
+Pass.run = named
+threading.Thread(target=watch, daemon=True).start()
+apply.apply_recipe(load_recipe("quickstart", json.loads(sys.argv[1])), quiet=True, tell=told.extend)
+peaks["all"] = max(peaks.values())
+told = {need.stage: need.peak for need in told}
+print(json.dumps([told | {"all": max(told.values())}, peaks]))
+"""
+
+
+def test_the_estimate_is_near_what_is_measured(tmp_path: Path) -> None:
+    """In a process of its own, where nothing else has taken memory; stages long enough to be sampled."""
+    settings = {"output": str(tmp_path / "run"), "report": False, "calibration.num_sequences": 16}
+    settings |= {"evaluate.max_tokens": 4000}
+    command = [sys.executable, "-c", CHILD, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    estimated, measured = json.loads(done.stdout.splitlines()[-1])
+    stages = ("annotate_alpha", "assign_plan", "gptq", "all")
+    off = {stage: round(estimated[stage] / measured[stage], 2) for stage in stages}
+    assert {stage for stage, ratio in off.items() if not 0.7 <= ratio <= 1.3} == set(), off
