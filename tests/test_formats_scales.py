@@ -182,15 +182,15 @@ def test_the_compiled_search_finds_the_same_scales(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", [*INTS[2:], *FLOATS])
 def test_amax_scales_are_rounded_before_codes(name: str, dtype: torch.dtype) -> None:
     weight = normal(32, 256, dtype=dtype)
-    fmt = parse(name)
+    fmt = parse(name, scale_rule="amax")
     amax = weight.float().unflatten(-1, (-1, 128)).abs().amax(-1)
-    made = quantize(weight, name)
+    made = quantize(weight, fmt)
     assert torch.equal(made.scale, (amax / fmt.element.largest).bfloat16())
     expected = snap_blocks(to_blocks(weight, fmt), Affine(made.scale.float()), fmt)
     assert torch.equal(made.dequantize(torch.float32), expected.flatten(-2))
 
 
-@pytest.mark.parametrize("name", ["int3_asym@amax", "int4_asym", "int8_g32_asym"])
+@pytest.mark.parametrize("name", ["int3_asym@amax", "int4_asym@amax", "int8_g32_asym"])
 def test_asymmetric_ranges_include_zero(name: str) -> None:
     weight = normal(16, 256).abs() + 3.0
     made = quantize(weight, name)

@@ -141,3 +141,12 @@ def test_gradients_reach_the_input_and_the_bias(name: str) -> None:
     F.linear(other, made.dequantize(), other_bias).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(bias.grad, other_bias.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["amax", "search"])
+def test_what_is_stored_does_not_depend_on_the_default_rule(rule: str) -> None:
+    """A folder written while `int4` meant another rule says `int4` with that rule's scales: read as they are."""
+    made = quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), "int4", scale_rule=rule)
+    read = QuantizedTensor(made.qdata, "int4", 256, made.dtype, made.scale)
+    assert torch.equal(read.scale, made.scale)
+    assert torch.equal(read.dequantize(), made.dequantize())

@@ -28,7 +28,7 @@ from aqtx.formats.table import BF16_SCALE, E8M0, NVFP4_SCALE, Format
 
 SOURCES = Path(__file__).parent / "kernels"
 SCALE_KINDS = {E8M0.name: 0, BF16_SCALE.name: 1, NVFP4_SCALE.name: 2}
-RULES = {"floor": 0, "even": 1, "rceil": 2}
+RULES = {"floor": 0, "even": 1, "rceil": 2, "search": 3}
 # No contraction: a fused multiply-add would change a rounding. The other two change no value, they let loops vectorise.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 
@@ -136,7 +136,7 @@ def dequantize(qdata: Tensor, scales: Scales, fmt: Format, num_columns: int, dty
 
 
 def can_quantize(weight: Tensor, fmt: Format) -> bool:
-    """MX formats whose exponent follows from the largest weight, on a CPU."""
+    """MX formats, on a CPU."""
     known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and fmt.scale is E8M0 and fmt.rule in RULES and serves(weight.device)
 

@@ -21,7 +21,7 @@ from aqtx.formats.scales import Affine, affine_of_range, affine_of_scale, snap_b
 from aqtx.formats.table import Format
 
 LANES = 16
-NUM_STEPS = 24
+NUM_STEPS = 16
 # the least share of the full range that is tried, by bits: few levels clip deeply
 LOWEST_SHARE = {2: 0.25, 3: 0.45, 4: 0.6}
 # of more bits the next scales change a block's largest code, and `settle` could not tell where it came from

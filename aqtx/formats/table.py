@@ -116,7 +116,7 @@ class Format:
 _ROWS: dict[str, tuple[Element, int, ScaleKind, str]] = {
     "int2": (_INTS[2], 128, BF16_SCALE, "search"),
     "int3": (_INTS[3], 128, BF16_SCALE, "search"),
-    "int4": (_INTS[4], 128, BF16_SCALE, "amax"),
+    "int4": (_INTS[4], 128, BF16_SCALE, "search"),
     "int6": (_INTS[6], 128, BF16_SCALE, "amax"),
     "int8": (_INTS[8], 128, BF16_SCALE, "amax"),
     "fp4": (_E2M1, 128, BF16_SCALE, "amax"),
@@ -206,6 +206,7 @@ def describe() -> list[dict[str, str]]:
                 "element": fmt.element.name,
                 "block": str(fmt.block) if fmt.is_packed else "-",
                 "scale": fmt.scale.name,
+                "rule": fmt.rule if fmt.is_packed else "-",
                 "rules": ", ".join(fmt.scale.rules) if fmt.is_packed else "-",
                 "bits": f"{fmt.bits((2048, 2048)):g}",
                 "aliases": ", ".join(alias for alias, target in ALIASES.items() if target == name),

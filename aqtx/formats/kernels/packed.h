@@ -88,7 +88,7 @@ struct MxTask {
   int64_t num_columns, row_bytes;
   int bits, mantissa_bits, exponent_bias;
   float largest;
-  int rule;  // 0 floor, 1 even, 2 rceil
+  int rule;  // 0 floor, 1 even, 2 rceil, 3 search
 };
 void quantize_mx_rows(const MxTask& task, int64_t n0, int64_t n1);
 

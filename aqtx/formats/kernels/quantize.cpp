@@ -1,6 +1,6 @@
 // Round-to-nearest of weights to MX formats, straight into the memory layout.
 //
-// The same arithmetic as rounding.py and scales.py, on one block of 32 at a time; compiled without
+// The same arithmetic as elements.py and scale_search.py, on one block of 32 at a time; compiled without
 // contraction, so that every result is the same bit for bit. Plain loops over 32 lanes: the compiler
 // makes vectors of them for each kind of processor.
 #include "packed.h"
@@ -33,19 +33,18 @@ static INLINE Factor factor_of(int byte) {
   return {as_float(uint32_t(127 + half) << 23), as_float(uint32_t(127 + power - half) << 23)};
 }
 
-template <typename T> static INLINE uint8_t block_codes(const T* from, const MxTask& t, uint8_t* code) {
-  alignas(64) uint32_t bits[kBlock];
-  uint32_t amax = 0;
-  for (int j = 0; j < kBlock; j++) bits[j] = widen(from, j);
-  for (int j = 0; j < kBlock; j++) amax = (bits[j] & 0x7fffffff) > amax ? bits[j] & 0x7fffffff : amax;
-  const int byte = exponent_byte(amax, t);
+// Codes of a block's magnitudes at an exponent; returns the sum of their squared errors, added as scale_search.py does.
+static INLINE float codes_at(int byte, const uint32_t* bits, const MxTask& t, uint8_t* code) {
   const Factor factor = factor_of(byte);
   const int drop = 23 - t.mantissa_bits, min_exponent = 1 - t.exponent_bias;
   const float smallest = as_float(uint32_t(127 + min_exponent) << 23);
   const float to_magic = 1.5f * as_float(uint32_t(127 + drop) << 23);
   const uint32_t offset = uint32_t(127 + min_exponent) << t.mantissa_bits, step = 1u << t.mantissa_bits;
+  const float scale = byte ? as_float(uint32_t(byte) << 23) : as_float(1u << 22);
+  alignas(64) float error[kBlock];
   for (int j = 0; j < kBlock; j++) {
-    float v = as_float(bits[j] & 0x7fffffff) * factor.first * factor.second;
+    const float magnitude = as_float(bits[j] & 0x7fffffff);
+    float v = magnitude * factor.first * factor.second;
     v = v < t.largest ? v : t.largest;
     float power = as_float(as_bits(v) & 0x7f800000);
     power = power > smallest ? power : smallest;
@@ -55,8 +54,30 @@ template <typename T> static INLINE uint8_t block_codes(const T* from, const MxT
     const uint32_t shifted = as_bits(subnormal ? rounded + smallest : rounded) >> drop;
     const uint32_t sign = (bits[j] >> 31) << (t.bits - 1);
     code[j] = uint8_t((shifted - (subnormal ? offset : offset - step)) | sign);
+    const float off = rounded * scale - magnitude;
+    error[j] = off * off;
   }
-  return uint8_t(byte);
+  for (int half = kBlock / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; j++) error[j] += error[j + half];
+  return error[0];
+}
+
+template <typename T> static INLINE uint8_t block_codes(const T* from, const MxTask& t, uint8_t* code) {
+  alignas(64) uint32_t bits[kBlock];
+  uint32_t amax = 0;
+  for (int j = 0; j < kBlock; j++) bits[j] = widen(from, j);
+  for (int j = 0; j < kBlock; j++) amax = (bits[j] & 0x7fffffff) > amax ? bits[j] & 0x7fffffff : amax;
+  const int own = exponent_byte(amax, t);
+  float least = codes_at(own, bits, t, code);
+  if (t.rule != 3 || own == 255) return uint8_t(own);
+  int best = own;
+  for (int byte : {own + 1, own - 1}) {  // as EXPONENTS_TRIED of scale_rules.py: the first one among equals
+    if (byte < 0 || byte > 254) continue;
+    alignas(64) uint8_t other[kBlock];
+    const float error = codes_at(byte, bits, t, other);
+    if (error < least) least = error, best = byte, __builtin_memcpy(code, other, kBlock);
+  }
+  return uint8_t(best);
 }
 
 // Codes of a row, one a byte, into split planes; `code` is zero-padded to whole slabs.
