@@ -20,8 +20,8 @@ GAUSSIAN = {
     "nvfp4": 20.44, "fp4_g32": 19.91, "fp4": 19.26,
     "int2_g32@amax": 3.64, "int2@amax": 2.31, "int2_asym@amax": 5.97,
     "int3_g32@amax": 12.90, "int3@amax": 11.25, "int3_asym@amax": 13.33,
-    "int4_g32": 20.26, "int4": 18.62, "int4_asym": 19.95, "int6_g32": 33.19, "int6": 31.54, "int6_asym": 32.42,
-    "int8_g32": 45.44, "int8": 43.79, "int8_asym": 44.56,
+    "int4_g32@amax": 20.26, "int4@amax": 18.62, "int4_asym@amax": 19.95, "int6_g32": 33.19, "int6": 31.54,
+    "int6_asym": 32.42, "int8_g32": 45.44, "int8": 43.79, "int8_asym": 44.56,
 }  # fmt: skip
 LAPLACE = {
     "mxfp4": 17.94, "mxfp4@rceil": 17.58, "mxfp6_e2m3": 30.29, "mxfp6_e2m3@rceil": 30.24, "mxfp6_e3m2": 25.21,

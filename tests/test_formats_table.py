@@ -45,7 +45,8 @@ def test_bytes_of_ragged_rows(name: str, shape: tuple[int, ...], size: int) -> N
     [
         ("MXFP6", "mxfp6_e2m3"), ("mxfp8", "mxfp8_e4m3"), ("fp6", "fp6_e2m3"), ("fp8@amax", "fp8_e4m3"),
         ("int4_g128", "int4"), ("int4_g64_asym@search", "int4_g64_asym"), ("int2@search", "int2"),
-        ("int4_g64@amax", "int4_g64@amax"), ("mxfp4_g32@floor", "mxfp4"), ("mxfp4@even", "mxfp4@even"), ("int8_row_asym", "int8_row_asym"),
+        ("int4_g64@amax", "int4_g64@amax"), ("mxfp4_g32@floor", "mxfp4"), ("mxfp4@even", "mxfp4@even"),
+        ("int8_row_asym", "int8_row_asym"),
     ],
 )  # fmt: skip
 def test_canonical_names(written: str, canonical: str) -> None:

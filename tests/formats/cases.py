@@ -20,7 +20,7 @@ FLOATS = ["fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"]
 EVERY = [
     *MX, *(f"{name}@{rule}" for name in MX for rule in ("even", "rceil", "search")),
     *INTS, *(f"{name}{group}{asym}" for name in INTS for group in ("_g32", "_row", "_g64") for asym in ("", "_asym")),
-    *(f"{name}_asym" for name in INTS), *(f"{name}@amax" for name in ("int2", "int3")),
+    *(f"{name}_asym" for name in INTS), *(f"{name}@amax" for name in ("int2", "int3", "int4")),
     *(f"{name}@search" for name in ("int4", "int6", "int8", "int4_asym", *FLOATS)),
     *FLOATS, *(f"{name}_g32" for name in FLOATS), "nvfp4", "nvfp4@search", "bf16",
 ]  # fmt: skip
