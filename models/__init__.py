@@ -21,6 +21,7 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "deepseek_v3": ("deepseek_v3", "DeepseekV3"),
     "gemma3_text": ("gemma3", "Gemma3"),
     "glm4_moe": ("glm4_moe", "Glm4Moe"),
+    "qwen3_next": ("qwen3_next", "Qwen3Next"),
     "qwen3_moe": ("qwen3_moe", "Qwen3Moe"),
     "llama": ("llama", "Llama"),
     "mistral": ("llama", "Llama"),
@@ -51,8 +52,10 @@ def build(config: Mapping[str, Any]) -> "CausalLM":
 def left_out(config: Mapping[str, Any], key: str) -> bool:
     """Whether a tensor of a checkpoint belongs to what its architecture here does without.
 
-    DeepSeek-V3 and GLM-4.5 keep layers that predict several tokens at once behind the last one.
+    DeepSeek-V3 and GLM-4.5 keep layers that predict several tokens at once behind the last one, Qwen3-Next apart.
     """
+    if config.get("model_type") == "qwen3_next":
+        return key.startswith("mtp.")
     found = re.match(r"model\.layers\.(\d+)\.", key)
     behind = found is not None and int(found[1]) >= int(config.get("num_hidden_layers") or 0)
     return behind and config.get("model_type") in ("deepseek_v3", "glm4_moe")

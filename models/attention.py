@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from aqtx.models.config import DecoderConfig
 from aqtx.models.layers import RMSNorm
 
-Cache = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, G, C, D], written in place
-
-
+Cache = tuple[Tensor, Tensor]  # of one layer: keys and values, each [B, G, C, D], or a state; written in place
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [B or 1, 1, S, R]
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of a tensor of a cache behind the batch; None stands for the slots, of which a state has none."""
+
+    sizes: tuple[int | None, ...]
+    precise: bool = False  # float32 whatever the model's dtype
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Positions:
     mask: Tensor | None  # of layers with full attention
     window_mask: Tensor | None  # of layers with a sliding window
     slots: Tensor | None  # [S] cache slots that this call writes
+    valid: Tensor | None = None  # [B, S, 1] false where a token is padding; None where none is
 
 
 class Attention(nn.Module):
@@ -38,7 +45,7 @@ class Attention(nn.Module):
         self.windowed, self.rotated = config.windows[layer] is not None, config.rotated[layer]
         hidden, queries = config.hidden_size, config.num_heads * config.head_size
         keys = config.num_kv_heads * config.head_size
-        self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(hidden, 2 * queries if config.output_gate else queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, hidden, bias=config.out_bias)
@@ -48,13 +55,15 @@ class Attention(nn.Module):
             self.k_norm = norm(config.head_size if per_head else keys, config.norm_eps)
 
     @property
-    def cache_heads(self) -> list[tuple[int, int]]:
-        """(G, D) of the tensors [B, G, C, D] that this layer keeps: keys and values."""
-        return [(self.config.num_kv_heads, self.config.head_size)] * 2
+    def cache_shapes(self) -> list[CacheShape]:
+        """Keys and values."""
+        return [CacheShape((self.config.num_kv_heads, None, self.config.head_size))] * 2
 
     def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
         """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v, gate = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
+        if self.config.output_gate:
+            q, gate = (part.flatten(2) for part in q.unflatten(-1, (self.config.num_heads, -1)).chunk(2, dim=-1))
         if self.config.qk_norm == "row":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.clip_qkv is not None:
@@ -71,7 +80,8 @@ class Attention(nn.Module):
         mask = at.window_mask if self.windowed else at.mask
         gqa, scale = self.config.num_kv_heads != self.config.num_heads, self.config.softmax_scale
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa, scale=scale)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)
+        projected: Tensor = self.o_proj(out if gate is None else out * gate.sigmoid())
         return projected
 
 

@@ -85,6 +85,7 @@ class DecoderConfig:
     softmax_scale: float | None = None  # of attention scores; None is head_size^-1/2
     qkv_bias: bool = False
     out_bias: bool = False
+    output_gate: bool = False  # queries come with a sigmoid gate on what attention puts out
     qk_norm: str | None = None  # "row": over all heads together, "head": each head by itself
     clip_qkv: float | None = None
     windows: tuple[int | None, ...] = ()

@@ -1,14 +1,16 @@
 """The shell around the blocks: embedding, positions and masks, final norm, head, the two entries.
 
 `model(ids)` scores whole sequences. `model(ids, pos, start, kv)` continues sequences whose keys and
-values lie in `kv`, two tensors [B, G, C, D] a layer that the call writes in place: one compiled
-graph serves prefill and decoding. Legend of shapes: see `layers.py`.
+values, [B, G, C, D], or states lie in `kv`, two tensors a layer that the call writes in place: one
+compiled graph serves prefill and decoding. Legend of shapes: see `layers.py`.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aqtx.models.attention import Cache, Positions, Rotation
+from aqtx.models.attention import Cache, CacheShape, Positions, Rotation
 from aqtx.models.config import DecoderConfig
 from aqtx.models.layers import RMSNorm
 from aqtx.models.rotary import Rotary
@@ -23,6 +25,11 @@ class Block(nn.Module):
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = mlp
+
+    @property
+    def mixer(self) -> nn.Module:
+        """The part that looks at other tokens, and keeps a cache."""
+        return self.self_attn
 
     def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
         """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
@@ -79,13 +86,13 @@ class CausalLM(nn.Module):
             ids: [B, S].
             pos: [S] cache slots of these tokens, the same for all sequences.
             start: [B] first slot that holds a token; the slots before it are left padding.
-            kv: two tensors of each layer in turn, [B, G, C, D], written in place: keys and values, or their latents.
+            kv: what `make_cache` made, two tensors of each layer in turn, written in place.
         """
         x = self.model.embed(ids)
         if pos is None or start is None or kv is None:
             at = self._scoring(ids, x.dtype)
         else:
-            at = self._continuing(pos, start, kv[0], x.dtype)
+            at = self._continuing(pos, start, kv[self._slotted], x.dtype)
         for layer, block in enumerate(self.model.layers):
             x = block(x, at, None if kv is None else (kv[2 * layer], kv[2 * layer + 1]))
         logits: Tensor = self.lm_head(self.model.norm(x))
@@ -93,9 +100,26 @@ class CausalLM(nn.Module):
 
     def make_cache(self, batch: int, slots: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
         """An empty cache for `batch` sequences of up to `slots` tokens, padding included."""
-        weight, blocks = self.lm_head.weight, self.model.layers.children()
-        heads: list[tuple[int, int]] = [pair for block in blocks for pair in block.self_attn.cache_heads]  # type: ignore[union-attr]
-        return [weight.new_zeros(batch, count, slots, size, dtype=dtype or weight.dtype) for count, size in heads]
+        weight = self.lm_head.weight
+        return [
+            weight.new_zeros(
+                batch,
+                *(slots if size is None else size for size in shape.sizes),
+                dtype=torch.float32 if shape.precise else dtype or weight.dtype,
+            )
+            for shape in self.cache_shapes
+        ]
+
+    @property
+    def cache_shapes(self) -> list[CacheShape]:
+        """Two of each layer in turn."""
+        blocks: list[Any] = list(self.model.layers.children())
+        return [shape for block in blocks for shape in block.mixer.cache_shapes]
+
+    @property
+    def _slotted(self) -> int:
+        """A tensor of the cache that has slots."""
+        return next(index for index, shape in enumerate(self.cache_shapes) if None in shape.sizes)
 
     @property
     def _window(self) -> int | None:
@@ -118,4 +142,5 @@ class CausalLM(nn.Module):
         # Padding sees itself: a row with nothing to attend to would be NaN.
         mask = (behind == 0) | ((behind >= 0) & (slots >= start.view(-1, 1, 1, 1)))  # [B, 1, S, C]
         window_mask = None if self._window is None else mask & (behind < self._window)
-        return Positions(full, windowed, mask=mask, window_mask=window_mask, slots=pos)
+        valid = (pos >= start.unsqueeze(1)).unsqueeze(-1)  # [B, S, 1]
+        return Positions(full, windowed, mask=mask, window_mask=window_mask, slots=pos, valid=valid)

@@ -81,6 +81,11 @@ class Gemma3Block(nn.Module):
         self.mlp = SwiGLU(hidden, config.intermediate_size, gelu=True)
         self.post_feedforward_layernorm = OffsetRMSNorm(hidden, eps)
 
+    @property
+    def mixer(self) -> nn.Module:
+        """The part that looks at other tokens, and keeps a cache."""
+        return self.self_attn
+
     def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
         """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), at, cache))

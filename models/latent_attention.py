@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aqtx.models.attention import Cache, Positions, rotate_half
+from aqtx.models.attention import Cache, CacheShape, Positions, rotate_half
 from aqtx.models.config import DecoderConfig, Fields
 from aqtx.models.layers import RMSNorm
 
@@ -79,9 +79,9 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * latent.value_size, hidden, bias=latent.bias)
 
     @property
-    def cache_heads(self) -> list[tuple[int, int]]:
-        """(G, D) of the tensors [B, G, C, D] that this layer keeps: the latent and the shared rotated key."""
-        return [(1, self.latent.latent_rank), (1, self.latent.rotary_size)]
+    def cache_shapes(self) -> list[CacheShape]:
+        """The latent and the rotated key that all heads share."""
+        return [CacheShape((1, None, self.latent.latent_rank)), CacheShape((1, None, self.latent.rotary_size))]
 
     def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
         """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""

@@ -71,6 +71,11 @@ class MixtralBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.block_sparse_moe = SparseMoe(config)
 
+    @property
+    def mixer(self) -> nn.Module:
+        """The part that looks at other tokens, and keeps a cache."""
+        return self.self_attn
+
     def forward(self, x: Tensor, at: Positions, cache: Cache | None) -> Tensor:
         """x [B, S, H] -> [B, S, H]; a cache is written at `at.slots` and read whole."""
         x = x + self.self_attn(self.input_layernorm(x), at, cache)

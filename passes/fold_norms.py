@@ -10,7 +10,7 @@ from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.program.weight_changes import Scale
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.rotation.residual_stream import NORM, readers
+from aqtx.rotation.residual_stream import NORM, Gain, gain_of, readers
 from aqtx.rotation.row_ops import Unproven, aten, weight_name
 from aqtx.rotation.select import check_plain
 
@@ -41,29 +41,28 @@ class FoldNorms(Pass):
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Prove all, then fold."""
-        changes, plan = Changes(), dict[str, list[str]]()
+        changes, plan = Changes(), dict[Gain, list[str]]()
         tied = set() if self.untie else set(program.weights.shared())
-        uses = Counter(node.args[2] for node in program.graph.nodes if node.target is NORM and len(node.args) > 2)
         for node in program.graph.nodes:
             try:
                 if node.target in (NORM, aten.layer_norm.default):
-                    gain, weights = folding(node, uses, tied)
+                    gain, weights = folding(node, tied)
                     plan[gain] = weights
             except Unproven as reason:
                 changes.refused.append(Refusal(norm_name(node), f"its gain cannot be folded: {reason}"))
         _refuse_shared(plan, changes)
         check_plain(program, {weight for weights in plan.values() for weight in weights})
         for gain, weights in plan.items():
-            scale = Scale(program.weights.precise(gain, dtype=torch.float64))
+            scale = Scale(program.weights.precise(gain.name, dtype=torch.float64) + gain.offset)
             for weight in weights:
                 program.weights.change(weight, scale)
-            program.weights.put(gain, torch.ones_like(scale.vector, dtype=program.dtype))
+            program.weights.put(gain.name, torch.full_like(scale.vector, 1 - gain.offset, dtype=program.dtype))
             changes.changed += weights
         changes.details = {"norms": len(plan)}
         return changes
 
 
-def folding(node: fx.Node, uses: Counter[object], tied: set[str]) -> tuple[str, list[str]]:
+def folding(node: fx.Node, tied: set[str]) -> tuple[Gain, list[str]]:
     """A norm's gain and the weights that it folds into.
 
     Raises:
@@ -71,27 +70,32 @@ def folding(node: fx.Node, uses: Counter[object], tied: set[str]) -> tuple[str, 
     """
     if node.target is not NORM:
         raise Unproven("it is a LayerNorm, which subtracts the mean")
-    gain = node.args[2] if len(node.args) > 2 else None
-    if not isinstance(gain, fx.Node) or gain.op != "get_attr":
+    gain = gain_of(node)
+    if gain is None:
         raise Unproven("it has none of its own")
-    if uses[gain] > 1 or len(gain.users) > 1:
+    if len(gain.node.users) > 1:
         raise Unproven("several nodes use it")
     weights = [weight_name(reader) for reader in readers(node)]
     if set(weights) & tied:
         raise Unproven("its reader shares the embedding's weights and `untie` is off")
-    return str(gain.target), list(dict.fromkeys(weights))
+    return gain, list(dict.fromkeys(weights))
 
 
 def norm_name(node: fx.Node) -> str:
     """What a refusal calls a norm: its gain's parameter."""
-    gain = node.args[2] if len(node.args) > 2 else None
-    return str(gain.target) if isinstance(gain, fx.Node) else node.name
+    found = [source for argument in node.args[2:3] if isinstance(argument, fx.Node) for source in sources(argument)]
+    return str(found[0].target) if found else node.name
 
 
-def _refuse_shared(plan: dict[str, list[str]], changes: Changes) -> None:
+def sources(gain: fx.Node) -> list[fx.Node]:
+    """The parameters that a gain is computed from."""
+    return [node for node in (gain, *gain.all_input_nodes) if node.op == "get_attr"]
+
+
+def _refuse_shared(plan: dict[Gain, list[str]], changes: Changes) -> None:
     """Drop norms that would fold into one weight."""
     count = Counter(weight for weights in plan.values() for weight in weights)
     for gain in [gain for gain, weights in plan.items() if any(count[weight] > 1 for weight in weights)]:
         del plan[gain]
         why = "its gain cannot be folded: a weight behind it is read behind another norm too"
-        changes.refused.append(Refusal(gain, why))
+        changes.refused.append(Refusal(gain.name, why))

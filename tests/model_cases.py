@@ -45,6 +45,12 @@ LATENT = ROUTED | {
     "qk_rope_head_dim": 8,
     "v_head_dim": 20,
 }
+DELTA = QWEN_MOE | {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+}
 GEMMA = {"head_dim": 24, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
 GLM_MOE = ROUTED | {"head_dim": 16, "n_group": 1, "topk_group": 1}
 
@@ -71,6 +77,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-window": (
         "qwen3_moe",
         QWEN_MOE | {"use_sliding_window": True, "sliding_window": 5, "decoder_sparse_step": 2},
+    ),
+    "qwen3-next": (
+        "qwen3_next",
+        DELTA | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16},
+    ),
+    "qwen3-next-dense-layers": (
+        "qwen3_next",
+        DELTA
+        | {"full_attention_interval": 2, "mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True}
+        | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "head_dim": 24}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "deepseek-v2": ("deepseek_v2", LATENT | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}),
     "deepseek-v2-groups": (

@@ -28,6 +28,7 @@ FAMILIES = (
     "mixtral",
     "qwen2-moe",
     "qwen3-moe",
+    "qwen3-next",
     "deepseek-v2",
     "deepseek-v3",
     "glm4-moe",
@@ -83,7 +84,10 @@ def test_gptq_walks_every_family(source: Path) -> None:
     text = token_ids(8, 32)
     program = run(
         aqtx.trace(source, torch.float32),
-        [AssignPlan(method="uniform", candidates=("int4_g32",), average_bits=5.0, keep=("router", "lm_head")), Gptq()],
+        [
+            AssignPlan(method="uniform", candidates=("int4_g32", "int8"), average_bits=6.0, keep=("router", "lm_head")),
+            Gptq(),
+        ],
         calibration=text,
     )
     planned = [site.name for site in program.sites() if site.get("format") is not None]

@@ -60,17 +60,16 @@ class Generator:
             self._step = program.module("step")
         except InputError:  # transformers' own module: each token costs a pass over the whole text
             self._score = program.module("score")
-            self._heads = []
+            self._caches: list[Tensor] = []
             return
-        # After ids, pos and start come the caches; their traced shapes [B, G, C, D] tell G and D of each layer.
+        # After ids, pos and start come the caches, traced with symbols in the place of the batch and of slots.
         placeholders = [node for node in program.entry("step").graph.nodes if node.op == "placeholder"][3:]
-        self._heads = [(int(node.meta["val"].shape[1]), int(node.meta["val"].shape[3])) for node in placeholders]
-        self._dtype = placeholders[0].meta["val"].dtype
+        self._caches = [node.meta["val"] for node in placeholders]
 
     @property
     def has_cache(self) -> bool:
         """Whether a token costs one step, and not a pass over the whole text."""
-        return bool(self._heads)
+        return bool(self._caches)
 
     def continue_greedily(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Stop = lambda _: False
@@ -157,6 +156,37 @@ class Generator:
     def make_cache(self, batch: int, slots: int) -> list[Tensor]:
         """An empty cache for `batch` sequences of up to `slots` tokens."""
         return [
-            torch.zeros(batch, heads, slots, size, dtype=self._dtype, device=self._device)
-            for heads, size in self._heads
+            torch.zeros(
+                batch, *(_size(size, slots) for size in traced.shape[1:]), dtype=traced.dtype, device=self._device
+            )
+            for traced in self._caches
         ]
+
+    def widen_cache(self, cache: list[Tensor], slots: int) -> list[Tensor]:
+        """A cache with so many more slots behind those that it has; states have none and stay."""
+        return [_widened(part, traced, slots) for part, traced in zip(cache, self._caches, strict=True)]
+
+    def num_slots(self, cache: list[Tensor]) -> int:
+        """How many slots a cache has."""
+        return next(
+            size
+            for part, traced in zip(cache, self._caches, strict=True)
+            for size, symbol in zip(part.shape[1:], traced.shape[1:], strict=True)
+            if _is_symbol(symbol)
+        )
+
+
+def _is_symbol(size: object) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def _size(traced: int | torch.SymInt, slots: int) -> int:
+    return slots if _is_symbol(traced) else int(traced)
+
+
+def _widened(part: Tensor, traced: Tensor, slots: int) -> Tensor:
+    for place, size in enumerate(traced.shape[1:], 1):
+        if _is_symbol(size):
+            more = [slots if at == place else have for at, have in enumerate(part.shape)]
+            return torch.cat([part, part.new_zeros(more)], dim=place)
+    return part

@@ -92,10 +92,13 @@ def example_inputs(model: nn.Module, entry: str) -> tuple[tuple[Any, ...], tuple
         return (ids,), (batch_and_length,)
     if not hasattr(model, "make_cache"):
         raise InputError(f"{type(model).__name__} cannot go on from a cache: only aqtx's own architectures can")
-    cache = [tensor.to("meta") for tensor in model.make_cache(2, 32)]  # type: ignore[operator]
+    cache, longer = ([tensor.to("meta") for tensor in model.make_cache(2, slots)] for slots in (32, 33))  # type: ignore[operator]
     places = torch.zeros(16, dtype=torch.long, device="meta")
     start = torch.zeros(2, dtype=torch.long, device="meta")
-    dynamic_cache = [{0: _DYNAMIC, 2: _DYNAMIC} for _ in cache]
+    dynamic_cache = [
+        {0: _DYNAMIC} | {at: _DYNAMIC for at in range(1, one.dim()) if one.shape[at] != other.shape[at]}
+        for one, other in zip(cache, longer, strict=True)
+    ]
     return (ids, places, start, cache), (batch_and_length, {0: _DYNAMIC}, {0: _DYNAMIC}, dynamic_cache)
 
 

@@ -8,7 +8,7 @@ from aqtx.program.edits import Hadamard, RemoveHadamard, nodes_reading
 from aqtx.program.program import Program
 from aqtx.program.weight_changes import Rotate
 from aqtx.rotation.attention_path import value_writer
-from aqtx.rotation.residual_stream import Stream
+from aqtx.rotation.residual_stream import Stream, gain_of
 from aqtx.rotation.row_ops import Unproven, bias_name, weight_name
 from aqtx.rotation.select import input_rotation
 
@@ -46,9 +46,9 @@ def fuse_stream(program: Program, stream: Stream) -> Fusion:
         odd = next(reader for reader in readers if rotations[reader] is None or rotations[reader] != first)
         raise Unproven(f"{weight_name(odd)} reads the residual stream without the same rotation")
     for norm in stream.norms:
-        gain = norm.args[2] if len(norm.args) > 2 else None
-        if isinstance(gain, fx.Node) and not bool((program.weights.get(str(gain.target)) == 1).all()):
-            raise Unproven(f"{gain.target} is a gain between the stream and the rotation: run `fold_norms` first")
+        gain = gain_of(norm)
+        if gain is not None and not bool((program.weights.precise(gain.name) + gain.offset == 1).all()):
+            raise Unproven(f"{gain.name} is a gain between the stream and the rotation: run `fold_norms` first")
     fusion = Fusion("residual", [weight_name(reader) for reader in readers])
     embedding = stream.embedding.args[0]
     if not isinstance(embedding, fx.Node) or embedding.op != "get_attr" or len(embedding.users) > 1:

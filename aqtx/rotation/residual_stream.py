@@ -115,3 +115,34 @@ def _meet(stream: Stream, user: fx.Node, node: fx.Node, trunk: list[fx.Node]) ->
         trunk.append(user)
     else:
         raise Unproven(f"{described(user)} reads the residual stream")
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a norm multiplies by: a parameter, plus a number where the checkpoint stores the gain less one."""
+
+    node: fx.Node  # the parameter's
+    offset: float
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return str(self.node.target)
+
+
+def gain_of(norm: fx.Node) -> Gain | None:
+    """The gain of a norm, None where it has none.
+
+    Raises:
+        Unproven: it is computed from more than a parameter and a number.
+    """
+    found = norm.args[2] if len(norm.args) > 2 else None
+    if not isinstance(found, fx.Node):
+        return None
+    if found.op == "get_attr":
+        return Gain(found, 0.0)
+    if found.target is aten.add.Tensor and len(found.args) == 2 and len(found.users) == 1:
+        parameter, number = found.args
+        if isinstance(parameter, fx.Node) and parameter.op == "get_attr" and isinstance(number, int | float):
+            return Gain(parameter, float(number))
+    raise Unproven(f"the gain of {norm.name} is computed ({described(found)})")

@@ -157,7 +157,7 @@ class Sampler:
         cache = self._generator.make_cache(shape.numel(), SLOTS)
         usage = torch.zeros(())
         for place, tokens in enumerate(ids.flatten(0, 1).split(1, -1)):
-            cache = _with_room(cache, place)
+            cache = self._with_room(cache, place)
             logits, added = self._read(tokens, place, cache)
             usage = usage + added
         nll = torch.full(shape, torch.inf)
@@ -172,7 +172,7 @@ class Sampler:
         tokens = drawn.view(groups, BEAMS, BEAMS)
         nll = (beams.nll.unsqueeze(-1) - log_p.gather(-1, tokens)).flatten(1)  # [G, C]
         parents = torch.arange(groups * BEAMS).repeat_interleave(BEAMS)  # rows that candidates come from
-        cache = [part.index_select(0, parents.to(part.device)) for part in _with_room(beams.cache, place)]
+        cache = [part.index_select(0, parents.to(part.device)) for part in self._with_room(beams.cache, place)]
         logits, usage = self._read(tokens.view(-1, 1), place, cache)
         usage = beams.usage.repeat_interleave(BEAMS, 1) + usage.view(groups, -1, *usage.shape[1:])
         best = beams.usage[:, 0]
@@ -190,17 +190,17 @@ class Sampler:
             [part.index_select(0, rows.to(part.device)) for part in cache],
         )  # fmt: skip
 
+    def _with_room(self, cache: list[Tensor], place: int) -> list[Tensor]:
+        """A cache that has a slot `place`."""
+        enough = place < self._generator.num_slots(cache)
+        return cache if enough else self._generator.widen_cache(cache, SLOTS)
+
     def _read(self, ids: Tensor, place: int, cache: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Next-token logits [rows, V] and expert counts [rows, L, E] of one token a row."""
         places = torch.tensor([place], device=self._device)
         start = torch.zeros(len(ids), dtype=torch.long, device=self._device)
         logits = self._routed.run(ids.to(self._device), places, start, *cache)
         return logits[:, -1].float().cpu(), self._routed.usage(len(ids)).cpu()
-
-
-def _with_room(cache: list[Tensor], place: int) -> list[Tensor]:
-    """Caches [rows, heads, slots, size] that have a slot `place`."""
-    return cache if place < cache[0].shape[2] else [F.pad(part, (0, 0, 0, SLOTS)) for part in cache]
 
 
 def sample(
