@@ -11,20 +11,12 @@ weights, rows and format; the clock runs from rows to rounded weights (ours as p
 Hessians included. The error is the held-out output error over that of our round-to-nearest, mean over experts and
 projections.
 
-"plain" is no act-order and no shrinkage, "full" the pass's default. The peers ran with their defaults, which have no
-act-order. Their int4 scale is 2 amax / 15 where ours is amax / 7: round-to-nearest alone is .893 with it, and the
-row "plain, 2 amax / 15" is ours on their scale. Measured on two cores of an AMD EPYC (AVX-512), CPU seconds and error:
-
-    layer and format                        plain         full         2 amax / 15  llm-compressor  GPTQModel 7.7.0
-                                                                                        0.14.0.1
-    32 experts 512 x 512, 512 tokens, int4   1.04 1.091    1.08 .606    0.78 .965    3.65  .965      8.41 .976
-    the same, mxfp4                          0.80 1.087    1.01 .609                 3.85 1.025    has none
-    4 experts 2048 x 1024, 1024, int4        1.55 1.063    1.74 .657    1.44 .939    5.65  .940     10.60 .953
-    the same, mxfp4                          1.54 1.052    1.68 .657                 6.44  .997    has none
-    64 experts 2048 x 1024, 512, int4       21.65 1.077   25.88 .588   19.90 .953  115.13  .953    164.22 .964
-
-So "full" is 3.2 to 4.4 times as fast as llm-compressor and 6.1 to 7.8 times as fast as GPTQModel, at 0.59 to 0.70 of
-their error, and the plain algorithm on their scale takes a fourth to a sixth of llm-compressor's time at its error.
+Of ours, "full" is the pass's default. "ordered" rounds each column once at the scales of the rule, and "plain" has no
+act-order and no shrinkage either. Each peer runs twice. "default" is all that it takes unless told otherwise: static
+act-order in llm-compressor, activation-aware order of groups with a damping of 0.05 in GPTQModel. "plain" has no
+act-order and our damping of 0.01. Their int4 scale is 2 amax / 15 where ours is amax / 7: round-to-nearest alone is
+.893 with it, and the row "plain, 2 amax / 15" is ours on their scale.
+What was measured stands in benchmarks/README.md.
 """
 
 import argparse
@@ -90,14 +82,17 @@ def peers_scales(weight: Tensor, fmt: Format) -> Scales:
     return Scales((to_blocks(weight, fmt).abs().amax(-1) * (2 / 15)).to(torch.bfloat16))
 
 
-def run_peer(python: str, script: str, source: Path, format_name: str) -> tuple[dict[str, Tensor], float]:
-    """The same from a peer's own environment."""
+def run_peer(
+    python: str, *, script: str, source: Path, format_name: str, setting: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same from a peer's own environment, and what it says of itself: `cpu_seconds`, `act-order`, `damping`."""
     target = source.with_suffix(".out")
     file = Path(__file__).parent / "gptq_peers" / script
-    done = subprocess.run([python, str(file), str(source), str(target), format_name], capture_output=True, text=True)
+    command = [python, str(file), str(source), str(target), format_name, setting]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given")
-    return load_file(target), json.loads(done.stdout.strip().splitlines()[-1])["cpu_seconds"]
+    return load_file(target), json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def error_over_nearest(problem: dict[str, Tensor], format_name: str, out: dict[str, Tensor]) -> float:
@@ -110,9 +105,7 @@ def error_over_nearest(problem: dict[str, Tensor], format_name: str, out: dict[s
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Table of seconds and errors; a peer that fails is told, not skipped."""
-    peers = {"llm-compressor": ("run_llmcompressor.py", arguments.llmcompressor)}
-    peers["GPTQModel"] = ("run_gptqmodel.py", arguments.gptqmodel)
+    """Table of seconds and errors."""
     problem = make_problem(arguments.experts, arguments.hidden, arguments.intermediate, arguments.tokens)
     counts = problem["offsets"].diff(prepend=torch.zeros(1, dtype=torch.int32))
     print(
@@ -130,19 +123,28 @@ def compare(arguments: argparse.Namespace) -> None:
                 with patch.object(sys.modules[Curvature.__module__], "choose_scales", peers_scales):
                     out, seconds = run_ours(problem, format_name, "plain")
                 tell(format_name, "plain, 2 amax / 15", seconds, error_over_nearest(problem, format_name, out))
-            for name, (script, python) in peers.items():
-                if python is None:
-                    continue
-                try:
-                    out, seconds = run_peer(python, script, source, format_name)
-                    tell(format_name, name, seconds, error_over_nearest(problem, format_name, out))
-                except RuntimeError as error:
-                    print(f"{format_name:8} {name:18} did not run: {error}")
+            for name, python in (("llm-compressor", arguments.llmcompressor), ("GPTQModel", arguments.gptqmodel)):
+                if python is not None:
+                    compare_peer(problem, source, format_name, name=name, python=python)
 
 
-def tell(format_name: str, name: str, seconds: float, error: float) -> None:
+def compare_peer(problem: dict[str, Tensor], source: Path, format_name: str, *, name: str, python: str) -> None:
+    """A peer at its defaults, then without act-order; one that fails is told, not skipped."""
+    script = f"run_{name.replace('-', '').lower()}.py"
+    for setting in ("default", "plain"):
+        try:
+            out, told = run_peer(python, script=script, source=source, format_name=format_name, setting=setting)
+        except RuntimeError as error:
+            print(f"{format_name:8} {name}, {setting} did not run: {error}", flush=True)
+            continue
+        ratio = error_over_nearest(problem, format_name, out)
+        remark = f"   act-order {told['act-order'] or 'none'}, damping {told['damping']:g}"
+        tell(format_name, f"{name}, {setting}", told["cpu_seconds"], ratio, remark)
+
+
+def tell(format_name: str, name: str, seconds: float, error: float, remark: str = "") -> None:
     """One line of the table."""
-    print(f"{format_name:8} {name:18} {seconds:8.2f} CPU s   error / round-to-nearest {error:.4f}", flush=True)
+    print(f"{format_name:8} {name:23} {seconds:8.2f} CPU s   error / nearest {error:.4f}{remark}", flush=True)
 
 
 SHAPES = {  # experts, hidden, intermediate, tokens per expert
