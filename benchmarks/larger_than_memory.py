@@ -1,60 +1,58 @@
-"""Alpha, plan and round-to-nearest on a checkpoint larger than the memory they may use.
+"""The quickstart on checkpoints larger than the memory that it may use.
 
-    python benchmarks/larger_than_memory.py make /data/olmoe-random          # 13.8 GB, once
-    python benchmarks/larger_than_memory.py run /data/olmoe-random /data/out
+    python benchmarks/larger_than_memory.py make large /data/olmoe-random     # 13.8 GB, once
+    python benchmarks/larger_than_memory.py make small /data/small-random     # 0.85 GB
+    python benchmarks/larger_than_memory.py run /data/small-random /data/out 1500MB
+    python benchmarks/larger_than_memory.py fisher /data/small-random 8
 
-`make` writes random weights in the shapes of OLMoE-1B-7B (64 experts, 16 layers, bf16, sharded, one
-tensor per expert and projection). `run` applies a recipe to it and samples the memory of the process
-that no file backs (RssAnon + RssShmem of /proc/self/status); mapped weights are not counted, since
-the kernel drops them whenever it likes.
+`make` writes random weights, one tensor per expert and projection, bf16: in the shapes of OLMoE-1B-7B (64 experts, 16
+layers), or 4 layers of 32 experts of 1024 x 1024. Text is read with the shipped model's tokenizer. `run` applies the
+quickstart under a limit, with evaluation on 20,000 tokens, and samples the memory of the process that no file backs
+(RssAnon + RssShmem of /proc/self/status); mapped weights are not counted: the kernel drops them whenever it likes.
+`fisher` holds the CPU seconds of Fisher information, on so many sequences, against a plain forward and backward pass
+of the same text with the whole model in memory.
 """
 
 import argparse
 import json
-import threading
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as the command line does
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.shards import write_shards
+from aqtx.machine.memory import PeakMemory, bytes_of
 from aqtx.models import build, load_config
 from aqtx.program.names import NamesTable
+from aqtx.runs.memory_needs import Need
+from aqtx.runs.recipe import load_recipe
 
-CONFIG = Path(__file__).parent / "configs" / "OLMoE-1B-7B" / "config.json"
+LARGE = Path(__file__).parent / "configs" / "OLMoE-1B-7B" / "config.json"
+SMALL = {"hidden_size": 1024, "intermediate_size": 1024, "num_experts": 32, "num_experts_per_tok": 8}
+SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 8}
 POOL = 1 << 25  # random numbers that all matrices are cut from, at places of their own
-LIMIT_BYTES = 3e9
-RECIPE = {
-    "version": 1,
-    "seed": 0,
-    "passes": [
-        {"annotate_alpha": {"spectra": "farms", "raw": False}},
-        {
-            "assign_plan": {
-                "method": "alpha",
-                "candidates": ["mxfp4", "mxfp6", "mxfp8"],
-                "average_bits": 5.0,
-                "keep": ["attention", "router", "lm_head"],
-            }
-        },
-        "quantize",
-        "emit",
-    ],
-    "report": False,
-}
 
 
-def make(folder: Path) -> None:
-    """Write the random checkpoint."""
+def make(size: str, folder: Path) -> None:
+    """Write the random checkpoint with a tokenizer."""
     folder.mkdir(parents=True)
-    config = load_config(CONFIG.parent)
+    config: dict[str, Any] = load_config(LARGE.parent) if size == "large" else load_config(locate("tinymoe")) | SMALL
     write_shards(random_tensors(config), folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in locate("tinymoe").glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
 
 
-def random_tensors(config: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
+def random_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Gaussian matrices, gains of one; no two matrices are equal."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
@@ -68,48 +66,70 @@ def random_tensors(config: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
         yield key, values.view(shape) if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
 
 
-class MemoryWatch(threading.Thread):
-    """Samples this process's memory that no file backs, and keeps the largest."""
+def run(source: Path, output: Path, limit: str) -> None:
+    """Apply the quickstart and tell size, time and memory."""
+    from aqtx.runs.apply import apply_recipe
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self) -> None:
-        """Sample twenty times a second until the process ends."""
-        while True:
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.peak = max(self.peak, sum(int(status[key].split()[0]) for key in ("RssAnon", "RssShmem")) * 1024)
-            time.sleep(0.05)
-
-
-def run(source: Path, output: Path) -> None:
-    """Apply the recipe and tell size, time and memory."""
-    import aqtx
-
-    watch = MemoryWatch()
-    watch.start()
+    overrides = {"model.source": str(source), "output": str(output), "max_memory": limit, "report": False}
+    recipe = load_recipe("quickstart", overrides | {"evaluate.max_tokens": 20_000})
+    estimated: list[Need] = []
     started = time.perf_counter()
-    report = aqtx.apply({**RECIPE, "model": {"source": str(source)}, "output": str(output)}, overwrite=True).data
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    with PeakMemory() as peak:
+        report = apply_recipe(recipe, overwrite=True, tell=estimated.extend).data
     written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"source {size / 1e9:.2f} GB, written {written / 1e9:.2f} GB")
     print(f"{report['average_bits']:.4f} bits a planned weight")
     for row in report["passes"]:
         print(f"  {row['name']:<16}{row['seconds']:>9.1f} s")
-    print(f"{time.perf_counter() - started:.0f} s in all, RssAnon + RssShmem at most {watch.peak / 1e9:.2f} GB")
-    if watch.peak >= LIMIT_BYTES:
-        raise SystemExit(f"more than the {LIMIT_BYTES / 1e9:.0f} GB allowed")
+    largest = max(need.peak for need in estimated)
+    print(
+        f"{time.perf_counter() - started:.0f} s in all; RssAnon + RssShmem at most {peak.num_bytes / 1e9:.2f} GB, "
+        f"estimated {largest / 1e9:.2f} GB"
+    )
+    if peak.num_bytes > bytes_of(limit):
+        raise SystemExit(f"more than the {limit} allowed")
+
+
+def fisher(source: Path, num_sequences: int) -> None:
+    """CPU seconds of Fisher information and of a plain forward and backward pass."""
+    from aqtx.passes.annotate_fisher import AnnotateFisher
+    from aqtx.runs.opening import program_of, recipe_context
+
+    recipe = load_recipe("quickstart", {"model.source": str(source), "calibration.num_sequences": num_sequences})
+    program = program_of(recipe)
+    context = recipe_context(recipe, program)
+    ids = context.calibration()
+    module = program.module()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    module(ids[:1]).sum().backward()  # kernels are compiled, gradients have their place
+    started = time.process_time()
+    for batch in ids.split(8):
+        logits = module(batch)[:, :-1].float().flatten(0, 1)
+        cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").backward()
+    plain = time.process_time() - started
+    del module, logits
+    started = time.process_time()
+    AnnotateFisher(num_sequences=num_sequences, sites=("*",)).run(program, context)
+    spent = time.process_time() - started
+    print(f"Fisher {spent:.1f} CPU seconds, forward and backward {plain:.1f}: {spent / plain:.2f} times")
 
 
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("make", "run"))
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("command", choices=("make", "run", "fisher"))
+    parser.add_argument("words", nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    {"make": make, "run": run}[arguments.command](*arguments.folders)
+    words: list[str] = arguments.words
+    if arguments.command == "make":
+        make(words[0], Path(words[1]))
+    elif arguments.command == "run":
+        run(Path(words[0]), Path(words[1]), words[2] if len(words) > 2 else "4GB")
+    else:
+        fisher(Path(words[0]), int(words[1]))
 
 
 if __name__ == "__main__":

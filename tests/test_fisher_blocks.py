@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_small_models_with_everything_on_disk(tmp_path: Path, config: dict | Non
     context = context_of(192)
     context.work, context.max_memory = tmp_path / "work", 1
     assert_equal_fisher(aqtx.trace(folder, dtype=torch.float32), context, detail, 1e-3)
-    assert not any((tmp_path / "work").rglob("*.safetensors")), "what was kept between blocks is gone"
+    assert not (tmp_path / "work" / "stream").exists(), "what was kept between blocks is gone"
 
 
 def test_batches_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,7 @@ def test_a_gradient_goes_no_further_back_than_it_must(tmp_path: Path) -> None:
     class Watched(Context):
         def progress(self, items, **words):
             for item in super().progress(items, **words):
-                if words["description"] == "fisher backward":
+                if words["description"] == "backward":
                     ran.append(item.layer)
                 yield item
 
@@ -145,3 +146,58 @@ def test_a_gradient_goes_no_further_back_than_it_must(tmp_path: Path) -> None:
     context = Watched(quiet=True, load_calibration=lambda: ids)
     measure_fisher(program, requests([program.sites()[-2]], FORMATS), context)
     assert ran == [None, 1]
+
+
+class Killed(Exception):
+    pass
+
+
+class Stopping(Context):
+    """Stops once so many blocks are done backward."""
+
+    left = 100
+    ran: ClassVar[list[str]] = []
+
+    def progress(self, items, **words):
+        for item in super().progress(items, **words):
+            if words["description"] == "backward":
+                if not self.left:
+                    raise Killed
+                self.left -= 1
+            self.ran.append(words["description"])
+            yield item
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_killed_measurement_goes_on_at_its_block(tmp_path: Path, stop: int) -> None:
+    """The same values, bit for bit, and no finished block again."""
+    folder, ids = write_checkpoint(tmp_path / "model"), context_of(192).calibration()
+
+    def measured(work: Path, left: int) -> dict[str, object]:
+        program = aqtx.trace(folder, dtype=torch.bfloat16)
+        context = Stopping(seed=3, quiet=True, work=work, load_calibration=lambda: ids)
+        context.left = left
+        Stopping.ran.clear()
+        measure_fisher(program, requests(unique_sites(program).values(), FORMATS), context)
+        return {name: site.get("fisher") for name, site in unique_sites(program).items()}
+
+    expected = measured(tmp_path / "unbroken", 100)
+    with pytest.raises(Killed):
+        measured(tmp_path / "killed", stop)
+    assert measured(tmp_path / "killed", 100) == expected
+    assert Stopping.ran.count("backward") == 3 - stop  # head and two layers
+    assert Stopping.ran.count("forward") == 3 - stop
+
+
+def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
+    program = aqtx.trace(write_checkpoint(tmp_path / "model"), dtype=torch.float32)
+    context = context_of(192)
+    context.work = tmp_path / "work"
+    wanted = requests(unique_sites(program).values(), FORMATS[:1])
+    measure_fisher(program, wanted, context)
+    [record] = context.work.glob("fisher-*.safetensors")
+    record.write_bytes(record.read_bytes()[:1000])
+    before = {name: site.get("fisher") for name, site in unique_sites(program).items()}
+    fresh = aqtx.trace(program.folder or "", dtype=torch.float32)
+    measure_fisher(fresh, requests(unique_sites(fresh).values(), FORMATS[:1]), context)
+    assert {name: site.get("fisher") for name, site in unique_sites(fresh).items()} == before

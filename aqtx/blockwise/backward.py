@@ -50,17 +50,18 @@ class Backward:
         """The first block with a linear that is asked for: no gradient goes further back."""
         return min(self._by_node[node].index for node in self.wanted)
 
-    def forward(self, progress: Progress) -> None:
-        """Fill the stream: the inputs of every block."""
+    def forward(self, progress: Progress, done: int | None = None) -> None:
+        """Fill the stream with the inputs of every block, or of those before `done`, the last one that is finished."""
         self._marks.append(self.runner.stream.mark())
-        for block in progress(self.blocks[:-1], description="fisher forward"):
+        needed = len(self.blocks) - 1 if done is None else max(done - 1, 0)
+        for block in progress(self.blocks[:needed], description="forward"):
             self.runner.advance(block, self.runner.load(block))
             self._marks.append(self.runner.stream.mark())
         release_unused()
 
-    def backward(self, head: Head, progress: Progress) -> Iterator[Block]:
-        """Yields each block once its rows are there, until the next is asked for."""
-        for block in progress(self.blocks[self.depth :][::-1], description="fisher backward"):
+    def backward(self, head: Head, progress: Progress, done: int | None = None) -> Iterator[Block]:
+        """Yields each block once its rows are there, until the next is asked for; those from `done` on are finished."""
+        for block in progress(self.blocks[self.depth : done][::-1], description="backward"):
             self._run_block(block, head)
             release_unused()  # of the block's weights and activations
             yield block

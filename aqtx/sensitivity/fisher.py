@@ -30,6 +30,7 @@ from aqtx.formats import Format, fake_quantize
 from aqtx.program.program import Program
 from aqtx.program.site import Site, weight_node
 from aqtx.registry import Context
+from aqtx.sensitivity.fisher_record import FisherRecord
 from aqtx.sensitivity.label_gradients import drawn_labels, given_labels
 from aqtx.sensitivity.measured import Request, annotate, has, matrix, weighted_errors
 from aqtx.sensitivity.text_gradients import text_gradients
@@ -80,10 +81,13 @@ def _measure_directions(program: Program, wanted: Sequence[Request], ids: Tensor
     users = users_of(program, list(by_weight))
     sums = {site.name: torch.zeros(len(formats), len(ids), dtype=torch.float64) for site, formats in wanted}
     with text_gradients(program, users, ids, context) as backward:
-        backward.forward(context.progress)
-        for block in backward.backward(drawn_labels(backward.sizes, context), context.progress):
+        record = FisherRecord.of(wanted, ids, context)
+        done = record.load(sums, backward)
+        backward.forward(context.progress, done)
+        for block in backward.backward(drawn_labels(backward.sizes, context), context.progress, done):
             for weight, node in _uses(users, block.nodes):
                 _add_directions(program, by_weight[weight], node, backward, sums)
+            record.save(block.index, sums, backward)
     context.ranks.add_up(*sums.values())  # each sequence is one rank's, zero on the others
     for site, formats in wanted:
         losses = 0.5 * sums[site.name].square().sum(1) / ids.numel()
