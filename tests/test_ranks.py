@@ -25,14 +25,20 @@ PASSES = [
     "emit",
 ]
 
+EVALUATE = {"perplexity": "builtin", "max_tokens": 3000, "window": 128, "batch_size": 4}
 
-def write_recipe(folder: Path, passes: list[Any] = PASSES) -> Path:
+
+def write_recipe(folder: Path, passes: list[Any] = PASSES, **more: Any) -> Path:
     """A recipe over a tiny model that reads the shipped text with the shipped tokenizer."""
     source = write_checkpoint(folder / "source", OLMOE | {"vocab_size": 4096})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((locate("tinymoe") / name).read_bytes())
     recipe = {"version": 1, "seed": 0, "model": {"source": str(source), "dtype": "float32"}, "passes": passes}
-    recipe |= {"calibration": {"source": "builtin", "num_sequences": 12, "sequence_length": 64}, "report": False}
+    recipe |= {
+        "calibration": {"source": "builtin", "num_sequences": 12, "sequence_length": 64},
+        "report": False,
+        **more,
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
 
@@ -71,14 +77,16 @@ def values(weight: Any) -> torch.Tensor:
     return plain
 
 
-def test_two_ranks_share_the_fisher_information(tmp_path: Path) -> None:
-    """Each runs its own sequences, with the labels that one process would draw: the plan is the same, byte for byte."""
+def test_two_ranks_share_fisher_information_and_evaluation(tmp_path: Path) -> None:
+    """Each runs its own sequences, with the labels that one process would draw: same plan and scores, byte for byte."""
     plan = {"method": "fisher", "candidates": ["mxfp4", "mxfp8"], "average_bits": 6.0, "keep": ["lm_head"]}
-    recipe = write_recipe(tmp_path, [{"assign_plan": plan}, "quantize", "emit"])
+    recipe = write_recipe(tmp_path, [{"assign_plan": plan}, "quantize", "emit"], evaluate=EVALUATE)
     for process in [start(ranks, recipe, tmp_path / f"out-{ranks}") for ranks in (1, 2)]:
         finished(process)
     one, two = ((tmp_path / f"out-{ranks}" / "plan.json").read_text() for ranks in (1, 2))
     assert one == two
+    told = [json.loads((tmp_path / f"out-{ranks}" / "report.json").read_text()) for ranks in (1, 2)]
+    assert told[0]["perplexity"] == told[1]["perplexity"] and told[0]["perplexity"]["num_tokens"] > 1000
 
 
 def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:

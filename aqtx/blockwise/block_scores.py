@@ -16,6 +16,7 @@ from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.work_size import parameter_bytes, stream_bytes, tokens_at_once
 from aqtx.machine.memory import release_unused
+from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks, whole
 from aqtx.program.program import Program
 
@@ -31,12 +32,14 @@ class BlockScorer:
         program: not changed while the scorer lives.
         room: bytes that may be taken.
         work: folder for what waits between blocks, None for a temporary one.
+        ranks: that share the batches of a text; all of them score it.
     """
 
     program: Program
     room: int
     work: Path | None = None
     progress: Progress = lambda items, **_: items
+    ranks: Ranks = ALONE
     _resident: Values = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,6 +88,11 @@ class BlockScorer:
 def many_with(forward: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], Iterator[Tensor]]:
     """A way to score many batches, block by block where the model is one that can be."""
     return forward.many if isinstance(forward, BlockScorer) else lambda batches: map(forward, batches)
+
+
+def ranks_of(forward: Callable[[Tensor], Tensor]) -> Ranks:
+    """The ranks that score together."""
+    return forward.ranks if isinstance(forward, BlockScorer) else ALONE
 
 
 def rows_at_once(forward: Callable[[Tensor], Tensor], length: int, most: int) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aqtx.blockwise.block_scores import many_with, rows_at_once
+from aqtx.blockwise.block_scores import many_with, ranks_of, rows_at_once
 from aqtx.errors import InputError
 from aqtx.text.tokens import Document
 
@@ -121,10 +121,15 @@ def evaluate_perplexity(
         for piece in cut_windows(index, len(document.ids), window=window, context=context)
     ]
     batches = list(_batches(windows, forward, batch_size))
+    ranks, losses = ranks_of(forward), list[list[float]]()
+    mine = ranks.mine(batches)
+    logits = many_with(forward)([_ids(documents, batch) for batch in mine])
+    for batch in progress(mine, description="perplexity") if progress else mine:
+        losses.append(_score(next(logits), documents, batch))
     nll = np.zeros(len(documents))
-    logits = many_with(forward)([_ids(documents, batch) for batch in batches])
-    for batch in progress(batches, description="perplexity") if progress else batches:
-        for piece, loss in zip(batch, _score(next(logits), documents, batch), strict=True):
+    shared = ranks.gather(losses)
+    for place, batch in enumerate(batches):  # in one order, whoever scored what: the same sums, bit for bit
+        for piece, loss in zip(batch, shared[place % ranks.size][place // ranks.size], strict=True):
             nll[piece.document] += loss
     num_tokens = np.array([len(document.ids) - 1 for document in documents], dtype=np.int64)
     return DocumentScores(tuple(document.domain for document in documents), nll, num_tokens, window, context)

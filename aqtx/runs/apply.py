@@ -161,11 +161,14 @@ class _Runner:
         return self._write_report(data)
 
     def _assist(self) -> Report:
-        """What a rank other than the first does: the passes, and nothing else."""
+        """What a rank other than the first does: the passes, and its share of the text's perplexity."""
+        documents = self._documents()
+        self._score(documents, "before")
         self.ranks.barrier()
         assert self.context.work is not None
         self.context.work.mkdir(parents=True, exist_ok=True)
         self._run_passes()
+        self._score(documents, "after")
         return Report(self.directory.output, {})
 
     def _fingerprint(self, documents: list[Document] | None) -> dict[str, Any]:
@@ -201,11 +204,11 @@ class _Runner:
         return evaluation(spec.perplexity, load_tokenizer(folder_of(self.program)), max_tokens=spec.max_tokens)
 
     def _score(self, documents: list[Document] | None, moment: str) -> DocumentScores | None:
-        """Perplexity of the program as it stands; kept with the resume points, as is every finished stage."""
+        """Perplexity of the program as it stands, by all ranks; kept with the resume points, as all that is done."""
         if documents is None or self.recipe.evaluate is None:
             return None
         file = self.directory.work / f"scores-{moment}.json"
-        if file.exists():
+        if self.ranks.gather(file.exists())[0]:
             return DocumentScores.from_json(read_record(file))
         spec = self.recipe.evaluate
         scores = evaluate_perplexity(
@@ -215,14 +218,15 @@ class _Runner:
             batch_size=spec.batch_size,
             progress=self.context.progress,
         )
-        write_record(file, scores.to_json())
+        if self.ranks.leads:
+            write_record(file, scores.to_json())
         return scores
 
     def _scorer(self) -> BlockScorer:
         """The program as it stands, one block at a time where it does not fit."""
         context = self.context
         room = room_for_work(context.device, context.max_memory)
-        return BlockScorer(self.program, room, context.work, context.progress)
+        return BlockScorer(self.program, room, context.work, context.progress, self.ranks)
 
     def _tasks(self, moment: str) -> dict[str, TaskScores]:
         """Scores of the recipe's tasks; every item's log stays in the run's folder."""
