@@ -10,13 +10,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import aqtx
 from aqtx.commands import Command, apply, check, compare, eval, export, generate, ls, plan, report, study
-from aqtx.errors import InputError, nearest
+from aqtx.errors import InputError, nearest, printable
+from aqtx.machine.signals import Stopped, ending_signals
 
 COMMANDS: tuple[Command, ...] = (
     apply.COMMAND,
@@ -42,6 +43,20 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+class _Escaping:
+    """Standard output that shows names from files as they are, and lets none of them command the terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what is printable of a text as it is, the rest escaped."""
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -56,14 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A filter, since torch sets its loggers' levels anew when it is imported.
         with warnings.catch_warnings(), filtered("torch.utils._pytree", _is_no_enum_notice):
             warnings.showwarning = _show_warning
-            status: int = arguments.run(arguments)
+            with ending_signals(), redirect_stdout(cast(TextIO, _Escaping(sys.stdout))):
+                status: int = arguments.run(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not at exit
         return status
     except InputError as error:
         return _fail(2, error.problems, show_traceback)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         hint = "; the same command with --resume goes on from the last finished pass" if words[:1] == ["apply"] else ""
-        return _fail(1, [f"interrupted{hint}"], show_traceback)
+        return _fail(1, [f"{error if isinstance(error, Stopped) else 'interrupted'}{hint}"], show_traceback)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `aqtx ls formats | head` is no failure
         return 0
@@ -127,7 +143,7 @@ def _show_warning(
 ) -> None:
     """This package's warnings as sentences; what libraries warn about is for their users, and shown when debugging."""
     if any(Path(filename).resolve().is_relative_to(folder) for folder in _SOURCES):
-        print(f"aqtx: warning: {message}", file=sys.stderr)
+        print(printable(f"aqtx: warning: {message}"), file=sys.stderr)
     elif os.environ.get("AQTX_DEBUG"):
         print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
 
@@ -151,5 +167,5 @@ def _fail(status: int, reasons: Sequence[str], show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exc()
     for reason in reasons:
-        print(f"aqtx: error: {reason}", file=sys.stderr)
+        print(printable(f"aqtx: error: {reason}"), file=sys.stderr)
     return status

@@ -12,6 +12,20 @@ class InputError(ValueError):
         self.problems = list(problems)
 
 
+def printable(text: str) -> str:
+    """The text with everything that a terminal would obey, or could not show, written out: `\\x1b[2J`."""
+    return "".join(letter if _is_shown(letter) else _escape(letter) for letter in text)
+
+
+def _is_shown(letter: str) -> bool:
+    """Printed characters, line ends and tabs, and the spaces of other scripts."""
+    return letter.isprintable() or letter in "\n\t" or (letter.isspace() and letter > "\x9f")
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
 def problems_of(attempt: Callable[[], object]) -> list[str]:
     """What an attempt has to say against its input; nothing where it succeeds."""
     try:

@@ -110,12 +110,13 @@ def test_all_differences_from_the_model_are_told_at_once(olmoe: Path, tmp_path: 
 
 def test_quantized_sites_are_expected_as_codes(olmoe: Path, tmp_path: Path) -> None:
     key = "model.layers.0.self_attn.q_proj.weight"
-    codes = {f"{key}.qdata": torch.zeros(8, dtype=torch.uint8), f"{key}.scale": torch.zeros(2, dtype=torch.uint8)}
+    parts = {"qdata": torch.zeros(64, 32, dtype=torch.uint8), "scale": torch.zeros(64, 2, dtype=torch.uint8)}
+    codes = {f"{key}.{part}": tensor for part, tensor in parts.items()}
     folder = copied(olmoe, tmp_path / "quantized", **{key: None}, **codes)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     reader = CheckpointReader(folder)
-    reader.check(shapes_of(folder), quantized=[key.removesuffix(".weight")])
+    reader.check(shapes_of(folder), quantized={key.removesuffix(".weight"): "mxfp4"})
     assert reader.dtype() == torch.float32
     with pytest.raises(InputError, match=r"q_proj.weight is missing"):
         reader.check(shapes_of(folder))

@@ -8,15 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aqtx.checkpoint.checks import parts_of
 from aqtx.checkpoint.header import Entry, read_header
 from aqtx.checkpoint.locate import inside
 from aqtx.errors import InputError
 from aqtx.formats.decode import PARTS
+from aqtx.formats.table import parse
 from aqtx.machine.files import read_json
 from aqtx.program.names import NamesTable, Shape
 
@@ -94,7 +97,7 @@ class CheckpointReader:
         self,
         shapes: Mapping[str, Shape],
         *,
-        quantized: Iterable[str] = (),
+        quantized: Mapping[str, str] = MappingProxyType({}),
         tied: Iterable[str] = (),
         left_out: Collection[str] = (),
     ) -> None:
@@ -102,11 +105,11 @@ class CheckpointReader:
 
         Args:
             shapes: parameter name -> shape, stacked experts as one parameter.
-            quantized: keys, less `.weight`, that are stored as codes and scales.
+            quantized: key, less `.weight`, of a matrix that is stored as codes and scales -> its format.
             tied: parameters that share another one's storage; they may be on disk or not.
             left_out: keys of tensors that the model does without.
         """
-        table, coded = NamesTable(shapes), {f"{site}.weight" for site in quantized}
+        table, coded = NamesTable(shapes), {f"{site}.weight": name for site, name in quantized.items()}
         plain = [key for key in table.from_disk if key not in coded]
         wanted = set(plain) | {f"{key}.qdata" for key in coded}
         spare = {f"{key}.{part}" for key in coded for part in PARTS} | {*tied, *left_out}
@@ -119,9 +122,37 @@ class CheckpointReader:
         ]
         problems = _listed(missing, f"{self.folder}: tensor {{}} is missing")
         problems += _listed(extra, f"{self.folder}: tensor {{}} belongs to no parameter of the model")
+        for key, name in coded.items():
+            known = key in table.from_disk and len(table.matrix_shape(key)) == 2
+            wrong += (
+                self.part_problems(key, name, tuple(table.matrix_shape(key)))
+                if known
+                else [f"{self.folder}: config.json gives the format {name} to {key}, which is no matrix of the model"]
+            )
         problems += wrong[:_LISTED] + ([f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else [])
         if problems:
             raise InputError(*problems)
+
+    def part_problems(self, key: str, format_name: str, shape: Shape) -> list[str]:
+        """What is wrong with the parts of a packed matrix [N, K], as headers tell it: a sentence each."""
+        try:
+            wanted = parts_of(parse(format_name), shape)
+        except InputError as error:
+            return [f"{self.folder / 'config.json'}: {key}: {problem}" for problem in error.problems]
+        problems = []
+        for part in PARTS:
+            entry = self.entries.get(f"{key}.{part}")
+            if entry is None and part in wanted:
+                problems.append(f"{self.folder}: tensor {key}.{part} is missing, and {format_name} has it")
+            elif entry is not None and part not in wanted:
+                problems.append(f"{self.folder}: tensor {key}.{part} is there, and {format_name} has no such part")
+            elif entry is not None and (entry.dtype, entry.shape) != wanted[part]:
+                dtype, size = wanted[part]
+                problems.append(
+                    f"{self.folder}: {key}.{part} is {entry.dtype} {list(entry.shape)}, "
+                    f"{format_name} of {list(shape)} has {dtype} {list(size)}"
+                )
+        return problems
 
 
 def _state(file: Path) -> tuple[int, int, int] | None:

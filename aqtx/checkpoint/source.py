@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from aqtx.checkpoint.reader import CheckpointReader
+from aqtx.errors import InputError
 from aqtx.formats import MixedExperts, QuantizedTensor
 from aqtx.formats.decode import PARTS
 from aqtx.program.names import expert_key, is_stacked
@@ -36,5 +37,7 @@ class CheckpointSource:
         site = key.removesuffix(".weight")
         if site not in self.formats:
             return self.reader.get(key)
+        if problems := self.reader.part_problems(key, self.formats[site], shape):
+            raise InputError(*problems)
         parts = {part: self.reader.get(f"{key}.{part}") for part in PARTS if f"{key}.{part}" in self.reader}
         return QuantizedTensor.from_disk(parts, self.formats[site], shape, self.dtype)

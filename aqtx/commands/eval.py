@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
     parser.add_argument("--tasks", default="", metavar="a,b", help="lm-eval tasks")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task definitions")
+    parser.add_argument(
+        "--allow-task-code", action="store_true", help="run the Python that files under --include-path name"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="items per task (default: all)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
     parser.add_argument(
@@ -55,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         tasks=tuple(filter(None, arguments.tasks.split(","))),
         include_path=arguments.include_path,
+        allow_task_code=arguments.allow_task_code,
         limit=arguments.limit,
         num_fewshot=arguments.num_fewshot,
         seed=arguments.seed,

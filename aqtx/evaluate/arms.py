@@ -28,6 +28,7 @@ class EvalSettings:
     batch_size: int = 8
     tasks: tuple[str, ...] = ()
     include_path: Path | None = None
+    allow_task_code: bool = False  # whether files under `include_path` may name Python to run
     limit: int | None = None
     num_fewshot: int | None = None
     seed: int = 0
@@ -157,6 +158,7 @@ def run_program_tasks(program: Program, settings: EvalSettings, scorer: BlockSco
         include_path=settings.include_path,
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
+        allow_code=settings.allow_task_code,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aqtx.errors import InputError, nearest
+from aqtx.evaluate.task_code import refuse_code
 from aqtx.numerics.intervals import Interval, bootstrap_ratio, paired_difference
 
 METRICS = ("acc_norm", "acc", "exact_match")  # the first one that a task has is its headline
@@ -39,6 +40,7 @@ def run_tasks(
     include_path: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    allow_code: bool = False,
 ) -> dict[str, TaskScores]:
     """Scores of every task by name, the members of a group each on its own.
 
@@ -48,9 +50,12 @@ def run_tasks(
         include_path: folder of task files; names found there take precedence and need no network.
         limit: items per task.
         num_fewshot: examples in the prompt instead of the task's own number.
+        allow_code: run the Python that files under `include_path` name; refused otherwise.
     """
     from lm_eval import simple_evaluate
 
+    if include_path is not None and include_path.is_dir() and not allow_code:
+        refuse_code(include_path)
     manager = _task_manager(tasks, include_path)
     loggers = logging.getLogger("lm_eval")
     level = loggers.level

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aqtx.formats.kernel_cache import cache_folder, is_trusted, keep
 from aqtx.formats.scales import Affine, Scales
 from aqtx.formats.table import BF16_SCALE, E8M0, NVFP4_SCALE, Format
 
@@ -59,13 +60,12 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler found")
     sources = sorted(SOURCES.iterdir())
-    target = _cache_dir() / f"aqtx_cpu-{_key(sources, compiler)}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = cache_folder() / f"aqtx_cpu-{_key(sources, compiler)}.so"
+    if not is_trusted(target):
         with tempfile.TemporaryDirectory(dir=target.parent) as staging:
             made = Path(staging) / target.name
             _compile(compiler, [source for source in sources if source.suffix == ".cpp"], made)
-            os.replace(made, target)  # whole or not at all, also with two builders at once
+            keep(made, target)
     return target
 
 
@@ -100,11 +100,6 @@ def _key(sources: list[Path], compiler: str) -> str:
     for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _cache_dir() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aqtx"
-    return Path(os.environ.get("AQTX_CACHE_DIR", default))
 
 
 def spec_of(fmt: Format, num_columns: int) -> list[int]:

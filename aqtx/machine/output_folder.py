@@ -88,7 +88,10 @@ class OutputFolder:
             return
         if not replace and not is_marked(self.output):
             found = some(foreign_files(self.output))
-            raise InputError(f"output {self.output} holds files already ({found}); choose another output")
+            raise InputError(
+                f"output {self.output} holds files already ({found}), and they are of no run that --overwrite could "
+                "replace; choose another output"
+            )
         if not replace:
             raise InputError(
                 f"output {self.output} holds files already; pass --overwrite to replace it or choose another output"

@@ -24,6 +24,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "image.cmap": "viridis",
+    "text.parse_math": False,  # a name with $ in it is a name, not a formula
 }
 _WIDTH = 7.2
 _CATEGORIES = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, printable
 from aqtx.program.roles import category_of, layer_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -123,7 +123,17 @@ def _read_json(data: RunData, name: str) -> dict[str, Any]:
     except ValueError as error:
         data.problems.append(f"{name} cannot be read: {error}")
         return {}
-    return value if isinstance(value, dict) else {}
+    shown: dict[str, Any] = _shown(value) if isinstance(value, dict) else {}
+    return shown
+
+
+def _shown(value: Any) -> Any:
+    """The same data with every name as a page and a figure can show it: half a surrogate pair cannot be drawn."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(key)): _shown(item) for key, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, list) else value
 
 
 def _csv_rows(data: RunData, name: str) -> Iterable[dict[str, Any]]:

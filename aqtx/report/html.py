@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aqtx.errors import printable
+
 _NUMBER = re.compile(r"[+\-]?\d|–$")  # the dash stands for a missing number
 
 
@@ -22,7 +24,7 @@ class Section:
 
 def text(value: object) -> str:
     """Escaped for HTML."""
-    return html.escape(str(value))
+    return html.escape(printable(str(value)))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aqtx.errors import problems_of
+from aqtx.evaluate.task_code import refuse_code
 from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.registry import Pass
@@ -36,6 +37,9 @@ def preflight(recipe: Recipe, program: Program) -> list[str]:
         problems += _named("evaluate.perplexity", problems_of(lambda: check_source(text)))
     if spec is not None and spec.include_path is not None and not Path(spec.include_path).is_dir():
         problems.append(f"evaluate.include_path: there is no folder {spec.include_path!r}")
+    elif spec is not None and spec.include_path is not None and not spec.allow_task_code:
+        folder = Path(spec.include_path)
+        problems += _named("evaluate.include_path", problems_of(lambda: refuse_code(folder)))
     return problems or memory_needs.problems(recipe, program)
 
 

@@ -44,6 +44,7 @@ class EvaluateSpec:
     batch_size: int = 8
     tasks: tuple[str, ...] = ()
     include_path: str | None = None  # folder of further task definitions
+    allow_task_code: bool = False  # run the Python that those definitions name
     limit: int | None = None  # items per task; null takes all
 
     def __post_init__(self) -> None:

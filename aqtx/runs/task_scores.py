@@ -37,6 +37,7 @@ def score_tasks(
     settings = EvalSettings(
         tasks=spec.tasks,
         include_path=Path(spec.include_path) if spec.include_path else None,
+        allow_task_code=spec.allow_task_code,
         limit=spec.limit,
         batch_size=spec.batch_size,
         window=spec.window,
