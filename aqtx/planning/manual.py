@@ -43,7 +43,13 @@ def load_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     try:
+        if Path(str(source)).exists() and not Path(str(source)).is_file():  # a named pipe would be waited for
+            raise InputError(f"plan {source} is no file")
         data = json.loads(Path(str(source)).read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"plan {source} is not JSON: it is nested too deeply") from None
     except OSError as error:
         raise InputError(f"plan {source}: {error.strerror or error}") from None
     except ValueError as error:
@@ -86,6 +92,12 @@ def _flatten_layers(data: dict[str, Any], names: Sequence[str]) -> dict[str, dic
     problems = _unknown(data, ("default", "overrides", *_REMARKS), "plan")
     default, overrides = data.get("default") or {}, data.get("overrides") or []
     problems += _unknown(default, SCHEME_KEYS, "plan.default")
+    if not isinstance(overrides, list):
+        problems.append("plan.overrides: expected a list")
+    elif wrong := [i for i, override in enumerate(overrides) if not isinstance(override, dict)]:
+        problems.append(f"plan.overrides.{wrong[0]}: expected a mapping")
+    if problems:
+        raise InputError(*problems)
     merged: dict[str, dict[str, Any]] = {name: dict(default) for name in names}
     for i, override in enumerate(overrides):
         where = f"plan.overrides.{i}"

@@ -47,7 +47,10 @@ class SchemeReader:
 
     def _variant(self, word: str, keys: dict[str, Any]) -> str:
         """`extra: {format: e3m2}` picks the element of a name that leaves it open."""
-        asked = (keys.get("extra") or {}).get("format")
+        extra = keys.get("extra") or {}
+        if not isinstance(extra, dict):
+            raise InputError(f"extra must be a mapping such as {{format: e3m2}}, not {extra!r:.80}")
+        asked = extra.get("format")
         if asked is None or word not in _VARIANTS:
             return word
         if asked not in _VARIANTS[word]:
@@ -58,6 +61,8 @@ class SchemeReader:
 
     def _grouped(self, site: str, word: str, group_size: int | None) -> str:
         fmt = parse(word)
+        if group_size is not None and type(group_size) is not int:
+            raise InputError(f"group_size must be a whole number, not {group_size!r:.80}")
         plain = "_g" not in word and "_row" not in word
         if group_size is None or not plain:
             return fmt.name

@@ -22,6 +22,7 @@ from aqtx.program.hadamard_op import buffers
 from aqtx.program.inserted_ops import ACTIVATION_OPS, INSERTED_OPS, Step, get_attr, replace_inserted
 from aqtx.program.site import weight_node
 
+_LARGEST_BLOCK = 1 << 20  # columns of a rotation's block: more than any matrix has
 Operation = Callable[[Tensor, Tensor | None], Tensor]  # input, offsets of the experts' rows -> input
 
 
@@ -163,7 +164,22 @@ def edit_from_json(told: Any) -> Edit:
     if values.keys() != {item.name for item in fields(kind)}:
         wanted = ", ".join(item.name for item in fields(kind))
         raise InputError(f"the structural edit {told['edit']!r} has the keys {', '.join(values)}, expected {wanted}")
+    for item in fields(kind):
+        if not _fits(item.name, values[item.name]):
+            raise InputError(f"the structural edit {told['edit']!r}: {item.name} cannot be {values[item.name]!r:.80}")
     return kind(**values)
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value is of its field's type and within what any model has; fields of other kinds pass."""
+    whole = type(value) is int
+    if name == "block":
+        return whole and 1 <= value <= _LARGEST_BLOCK
+    if name == "seed":
+        return value is None or (whole and 0 <= value < 2**63)
+    if name == "weight":
+        return isinstance(value, str)
+    return name != "formats" or (isinstance(value, tuple) and all(isinstance(entry, str) for entry in value))
 
 
 def in_force(edits: Iterable[Edit]) -> list[Edit]:

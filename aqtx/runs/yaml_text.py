@@ -13,6 +13,8 @@ import yaml
 
 from aqtx.errors import InputError
 
+_MOST_ALIASES = 20  # of ten nodes each, nested, they would stand for 100 nodes; bombs need many more
+
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, plus a list of duplicate keys."""
@@ -20,6 +22,16 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.duplicates: list[str] = []
+        self._aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """SafeLoader's node; a text that repeats itself by ever more aliases is refused before it is unfolded."""
+        if self.check_event(yaml.AliasEvent):
+            self._aliases += 1
+            if self._aliases > _MOST_ALIASES:
+                raise yaml.YAMLError(f"it holds more than {_MOST_ALIASES} aliases")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """SafeLoader's mapping; keys that stand twice are remembered, keys merged in by `<<` do not count."""

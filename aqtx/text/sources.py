@@ -11,14 +11,16 @@ A source is written in one word, as recipes do:
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from aqtx.errors import InputError, nearest
+from aqtx.errors import InputError, nearest, printable
 
 BUILTIN = Path(__file__).resolve().parents[1] / "models" / "tinymoe" / "text"
+_MOST_TEXT = 2_000_000_000  # characters of one file: what a compressed one may unfold to
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")
 
 
@@ -115,31 +117,56 @@ def _from_folder(folder: Path) -> list[Passage]:
 
 
 def _from_file(path: Path, domain: str) -> Iterator[Passage]:
+    if not path.is_file():  # a named pipe would be waited for, a device never ends
+        raise InputError(f"{path} is no file of text")
     try:
         opener = gzip.open if path.name.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8") as stream:
             if ".jsonl" not in path.name:
-                yield Passage(domain, stream.read())
+                text = stream.read(_MOST_TEXT + 1)
+                _refuse_size(path, len(text))
+                yield Passage(domain, text)
                 return
-            for number, line in enumerate(stream, start=1):
+            size = 0
+            for number, line in enumerate(_lines(stream), start=1):
+                size += len(line)
+                _refuse_size(path, size)
                 if line.strip():
                     yield _from_line(line, f"{path}, line {number}", domain)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file: {error}") from error
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    """Lines, none of them read further than the limit."""
+    return iter(lambda: stream.readline(_MOST_TEXT + 1), "")
+
+
+def _refuse_size(path: Path, size: int) -> None:
+    if size > _MOST_TEXT:
+        raise InputError(f"{path} holds more than {_MOST_TEXT:,} characters of text; split it or take a part of it")
 
 
 def _from_line(line: str, place: str, domain: str) -> Passage:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not JSON: {error.msg}") from error
-    if isinstance(row, dict) and isinstance(row.get("ids"), list):
-        return Passage(str(row.get("domain", domain)), "", tuple(int(token) for token in row["ids"]))
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON: {getattr(error, 'msg', error)}") from error
+    if not isinstance(row, dict):
         raise InputError(f'{place} has neither a "text" string nor an "ids" list')
-    return Passage(str(row.get("domain", domain)), row["text"])
+    named = printable(str(row.get("domain", domain)))
+    if isinstance(row.get("ids"), list):
+        wrong = [token for token in row["ids"] if type(token) is not int or not 0 <= token < 2**31]
+        if wrong:
+            raise InputError(f"{place}: ids must be whole numbers from 0 up, not {wrong[0]!r:.80}")
+        return Passage(named, "", tuple(row["ids"]))
+    if not isinstance(row.get("text"), str):
+        raise InputError(f'{place} has neither a "text" string nor an "ids" list')
+    if any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
+        raise InputError(f"{place}: the text holds half a surrogate pair, which is no character")
+    return Passage(named, row["text"])
 
 
 def _from_hub(name: str, local: Path | None, part: str) -> Iterator[Passage]:
