@@ -40,4 +40,7 @@ class CheckpointSource:
         if problems := self.reader.part_problems(key, self.formats[site], shape):
             raise InputError(*problems)
         parts = {part: self.reader.get(f"{key}.{part}") for part in PARTS if f"{key}.{part}" in self.reader}
-        return QuantizedTensor.from_disk(parts, self.formats[site], shape, self.dtype)
+        try:
+            return QuantizedTensor.from_disk(parts, self.formats[site], shape, self.dtype)
+        except InputError as error:
+            raise InputError(*(f"{key}: {problem}" for problem in error.problems)) from None

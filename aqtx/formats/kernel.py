@@ -114,20 +114,19 @@ def spec_of(fmt: Format, num_columns: int) -> list[int]:
 
 def linear(x: Tensor, qdata: Tensor, scales: Scales, fmt: Format, num_columns: int) -> Tensor:
     """`x @ w.T` for one packed matrix."""
-    scale, zero_point, per_tensor = scales
-    spec = spec_of(fmt, num_columns)
-    return torch.ops.aqtx_cpu.linear(
-        x, qdata.contiguous(), scale.contiguous(), zero_point, per_tensor, spec, num_columns
-    )
+    parts, spec = _contiguous(qdata, scales), spec_of(fmt, num_columns)
+    return torch.ops.aqtx_cpu.linear(x, *parts, spec, num_columns)
 
 
 def dequantize(qdata: Tensor, scales: Scales, fmt: Format, num_columns: int, dtype: torch.dtype) -> Tensor:
     """The values of one packed matrix, bit for bit those of `QuantizedTensor.dequantize`."""
-    scale, zero_point, per_tensor = scales
-    spec = spec_of(fmt, num_columns)
-    return torch.ops.aqtx_cpu.dequantize(
-        qdata.contiguous(), scale.contiguous(), zero_point, per_tensor, spec, num_columns, dtype
-    )
+    parts, spec = _contiguous(qdata, scales), spec_of(fmt, num_columns)
+    return torch.ops.aqtx_cpu.dequantize(*parts, spec, num_columns, dtype)
+
+
+def _contiguous(qdata: Tensor, scales: Scales) -> list[Tensor | None]:
+    """The parts as the ops take them: a slice of a weight has strides."""
+    return [None if part is None else part.contiguous() for part in (qdata, *scales)]
 
 
 def can_quantize(weight: Tensor, fmt: Format) -> bool:

@@ -35,6 +35,7 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
     def __init__(self, buckets: list[Any], slots: tuple[int, ...], orig_dtype: torch.dtype) -> None:
         super().__init__()
         self.slots, self.orig_dtype, self.num_buckets = tuple(slots), orig_dtype, len(buckets)
+        _check(buckets, self.slots)
         for index, bucket in enumerate(buckets):
             setattr(self, f"bucket{index}", bucket)
 
@@ -126,6 +127,16 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
 implements: Callable[[Any], Callable[[Any], Any]] = MixedExperts.implements
 
 
+def _check(buckets: list[Any], slots: tuple[int, ...]) -> None:
+    """InputError unless the buckets are stacks of matrices of one shape and `slots` names each of them once."""
+    shapes = sorted({tuple(bucket.shape[1:]) for bucket in buckets})
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise InputError(f"experts of one stack must be matrices of one shape, got {shapes}")
+    num_experts = sum(bucket.shape[0] for bucket in buckets)
+    if sorted(slots) != list(range(num_experts)):
+        raise InputError(f"the slots of {num_experts} experts must name each once, not {list(slots)}")
+
+
 def _stack(experts: list[Any]) -> Any:
     """2-D tensors of one kind as one 3-D tensor of that kind."""
     first = experts[0]
@@ -170,7 +181,8 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     stack, dim, index = args
     if dim % stack.dim() != 0:
         raise NotImplementedError(f"{func} on dimension {dim} of {stack}: only experts can be selected")
-    return stack.expert(index)
+    expert = stack.expert(index)
+    return expert if expert.dtype is stack.orig_dtype else aten._to_copy.default(expert, dtype=stack.orig_dtype)
 
 
 @implements(torch.ops.aqtx.grouped_linear.default)

@@ -67,7 +67,9 @@ def lower(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         y = kernel.linear(x, weight.qdata, weight.scales, fmt, weight.num_columns)
         return y if bias is None else y + bias
     # only where the shape is known: a dynamic number of rows must not be specialised
-    if statically_known_true(x.numel() == x.shape[-1]) and one_row.fits(weight):
+    # float64 waits for exact sums
+    single = statically_known_true(x.numel() == x.shape[-1])
+    if single and x.dtype in KERNEL_DTYPES and one_row.fits(weight):
         y = one_row.product(x, weight)
         return y if bias is None else y + bias
     return F.linear(x, weight.dequantize(x.dtype), bias)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from aqtx.formats import grouped_linear_packed, kernel, packed_linear
+from aqtx.formats import grouped_linear_packed, kernel, packed_linear, part_shapes
 from aqtx.formats.decode import PARTS, Bucket, decode
 from aqtx.formats.packing import from_disk_order, pack, to_disk_order, unpack
 from aqtx.formats.scales import Scales
@@ -73,6 +73,7 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         super().__init__()
         self.qdata, self.format_name, self.num_columns, self.orig_dtype = qdata, format_name, num_columns, orig_dtype
         self.scale, self.zero_point, self.per_tensor_scale = scale, zero_point, per_tensor_scale
+        part_shapes.check(self.parts(), self.format, tuple(self.shape))
 
     @property
     def format(self) -> Format:
@@ -109,11 +110,13 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def from_disk(
         cls, parts: dict[str, Tensor], format_name: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> "QuantizedTensor":
-        """The inverse of `to_disk`, exact."""
-        fmt, qdata = parse(format_name), parts["qdata"]
+        """The inverse of `to_disk`, exact. InputError where a part is missing or has another size or dtype."""
+        fmt = parse(format_name)
+        part_shapes.check(parts, fmt, shape, on_disk=True)
+        qdata = parts["qdata"]
         if fmt.is_packed:
             qdata = pack(from_disk_order(qdata, fmt.element.bits, shape[-1]), fmt.element.bits)
-        optional = [parts.get(name) for name in cls.optional_tensor_data_names]
+        optional = [parts[name].contiguous() if name in parts else None for name in cls.optional_tensor_data_names]
         return cls(qdata.contiguous(), fmt.name, shape[-1], dtype, *optional)
 
     def parts(self) -> dict[str, Tensor]:
@@ -216,6 +219,8 @@ def _view_of_leading(func: Any, types: Any, args: Args, kwargs: Named) -> Any:
     kept_dims = tensor.dim() - (func is aten.select.int)
     if dim == tensor.dim() - 1 or kept_dims < 2:
         raise NotImplementedError(f"{func} on dimension {dim} of {tensor}: only experts and rows can be sliced")
+    if func is aten.select.int and dim == tensor.dim() - 2 and tensor.per_tensor_scale is not None:
+        raise NotImplementedError(f"{func} of one row of each matrix of {tensor}: their rows share a scale per matrix")
     return return_and_correct_aliasing(func, args, kwargs, _on_leading(tensor, dim, lambda p: func(p, *args[1:])))
 
 

@@ -2,86 +2,13 @@
 #include "packed.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdlib>
-#include <map>
-#include <mutex>
 #include <string>
-#include <tuple>
 
 #if defined(__x86_64__)
 #include "avx512.h"
 #endif
-
-static float code_value(const Packed& w, int code) {
-  if (w.mantissa_bits == 0) return float(w.zero ? code : code - (1 << (w.bits - 1)));
-  const int sign = 1 << (w.bits - 1), magnitude = code & (sign - 1);
-  const int exponent = magnitude >> w.mantissa_bits, mantissa = magnitude & ((1 << w.mantissa_bits) - 1);
-  const int whole = exponent ? mantissa | (1 << w.mantissa_bits) : mantissa;
-  const float value = std::ldexp(float(whole), (exponent ? exponent : 1) - w.exponent_bias - w.mantissa_bits);
-  return code & sign ? -value : value;
-}
-
-const uint16_t* value_table(const Packed& w) {
-  static std::map<std::tuple<int, int, bool>, std::array<uint16_t, 256>> tables;
-  static std::mutex lock;
-  std::lock_guard<std::mutex> guard(lock);
-  auto [found, fresh] = tables.try_emplace({w.bits, w.mantissa_bits, w.zero != nullptr});
-  if (fresh)
-    for (int code = 0; code < (1 << w.bits); code++) found->second[code] = to_bf16(code_value(w, code));
-  return found->second.data();
-}
-
-static const float* e4m3_table() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> t{};
-    const Packed e4m3{nullptr, nullptr, nullptr, 1.0f, 8, 3, 7};
-    for (int code = 0; code < 256; code++) t[code] = code_value(e4m3, code);
-    return t;
-  }();
-  return table.data();
-}
-
-// The stored scales of one row as float32, one per block.
-static INLINE void scales_of_row(const Packed& w, int64_t row, const float* e4m3, float* out) {
-  const int64_t base = row * w.num_blocks;
-  if (w.scale_kind == ScaleKind::e8m0) {
-    const uint8_t* from = w.scale + base;
-    for (int64_t b = 0; b < w.num_blocks; b++) {
-      const uint32_t bits = uint32_t(from[b]) << 23;
-      out[b] = as_float(bits > (1u << 22) ? bits : 1u << 22);  // byte 0 is 2^-127
-    }
-  } else if (w.scale_kind == ScaleKind::bf16) {
-    const uint16_t* from = (const uint16_t*)w.scale + base;
-    for (int64_t b = 0; b < w.num_blocks; b++) out[b] = as_float(uint32_t(from[b]) << 16);
-  } else {
-    const uint8_t* from = w.scale + base;
-    for (int64_t b = 0; b < w.num_blocks; b++) out[b] = e4m3[from[b]] * w.per_tensor;
-  }
-}
-FOR_EACH_CPU(block_scales, (const Packed& w, int64_t row, float* out), (w, row, out),
-             scales_of_row(w, row, e4m3_table(), out))
-
-template <int TIMES> static void repeat(float* values, int64_t count) {  // in place, from the back
-  for (int64_t i = count - 1; i >= 0; i--) {
-    const float value = values[i];
-    for (int j = 0; j < TIMES; j++) values[TIMES * i + j] = value;
-  }
-}
-
-void row_scales(const Packed& w, int64_t row, float* out) {
-  const int64_t step = scale_step(w), count = scales_per_row(w);
-  block_scales(w, row, out);
-  int64_t filled = w.num_blocks;
-  if (w.num_blocks == 1) {
-    for (; filled < count; filled++) out[filled] = out[0];
-    return;
-  }
-  if (w.block == 2 * step) repeat<2>(out, filled), filled *= 2;
-  if (w.block == 4 * step) repeat<4>(out, filled), filled *= 4;
-  for (; filled < count; filled++) out[filled] = 0.0f;
-}
 
 // ---- portable ------------------------------------------------------------------------------------
 
@@ -133,6 +60,13 @@ static INLINE void values_of(const Packed& w, const uint8_t* code, float* value)
     const uint32_t magnitude = as_bits(subnormal < normal ? subnormal : normal);
     value[j] = as_float(magnitude | ((code[j] & sign) << (32 - w.bits)));
   }
+  if (w.bits == 8) {
+    const int special = w.mantissa_bits == 3 ? 0x7f : 0x7c;
+    for (int j = 0; j < kSuper; j++) {
+      const float beyond = (code[j] & 0x7f) == 0x7c ? INFINITY : NAN;  // which E5M2 alone has as a code of its own
+      value[j] = (code[j] & 0x7f) < special ? value[j] : code[j] & sign ? -beyond : beyond;
+    }
+  }
 }
 
 template <int BITS> static INLINE void decode_super(const Packed& w, const uint8_t* row, int64_t s, float* value) {
@@ -181,14 +115,16 @@ static INLINE void rows_portable(const Packed& w, const Activations& x, float* y
   }
 }
 
-template <int BITS> static INLINE void floats_of_rows(const Packed& w, float* out, int64_t n0, int64_t n1) {
+template <int BITS>
+static INLINE void floats_of_rows(const Packed& w, float* out, int64_t n0, int64_t n1, float largest) {
   Scratch scratch(w);
   for (int64_t n = n0; n < n1; n++, out += w.num_columns) {
     scaled_row<BITS>(w, n, scratch.scales.data(), scratch.values.data());
     for (int64_t first = 0; first < w.num_columns; first += 16) {
       const float* v = scratch.values.data() + first / kSuper * kSuper + 16 * place_of(first / 16 % 4);
       const int64_t left = w.num_columns - first;
-      for (int64_t j = 0; j < (left < 16 ? left : 16); j++) out[first + j] = v[j];
+      for (int64_t j = 0; j < (left < 16 ? left : 16); j++)
+        out[first + j] = v[j] < -largest ? -largest : v[j] > largest ? largest : v[j];
     }
   }
 }
@@ -196,8 +132,8 @@ template <int BITS> static INLINE void floats_of_rows(const Packed& w, float* ou
 #define PORTABLE(BITS)                                                                                            \
   FOR_EACH_CPU(portable##BITS, (const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t a, int64_t b), \
                (w, x, y, ldy, a, b), rows_portable<BITS>(w, x, y, ldy, a, b))                                      \
-  FOR_EACH_CPU(floats##BITS, (const Packed& w, float* out, int64_t a, int64_t b), (w, out, a, b),                  \
-               floats_of_rows<BITS>(w, out, a, b))
+  FOR_EACH_CPU(floats##BITS, (const Packed& w, float* out, int64_t a, int64_t b, float largest),                   \
+               (w, out, a, b, largest), floats_of_rows<BITS>(w, out, a, b, largest))
 PORTABLE(2) PORTABLE(3) PORTABLE(4) PORTABLE(6) PORTABLE(8)
 
 // ---- dispatch ------------------------------------------------------------------------------------
@@ -282,15 +218,45 @@ void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, i
   run(w, x, y, ldy, n0, n1);
 }
 
+// The processor's conversion to bf16 makes subnormals zero and large values infinite: rows whose scales can lead
+// there, and those with a NaN, are converted by the portable code instead.
+struct Range {
+  float low, high;  // of scales
+  explicit Range(const Packed& w) : low(0), high(0) {
+    float least = INFINITY, most = 1;
+    for (int code = 0; code < (1 << w.bits); code++) {
+      const float v = std::fabs(code_value(w, code));
+      if (v > 0 && std::isfinite(v)) least = std::min(least, v), most = std::max(most, v);
+    }
+    low = 0x1p-126f / std::min(least, 1.0f), high = 0x1p127f / most;
+  }
+  bool holds(const Packed& w, int64_t row, float* scales) const {
+    block_scales(w, row, scales);
+    bool inside = true;
+    for (int64_t b = 0; b < w.num_blocks; b++) inside &= std::fabs(scales[b]) >= low && std::fabs(scales[b]) <= high;
+    if (w.bits == 8 && w.mantissa_bits == 2)  // E5M2 has a code of infinity
+      for (int64_t k = 0; k < w.row_bytes; k++) inside &= (w.codes[row * w.row_bytes + k] & 0x7f) != 0x7c;
+    return inside;
+  }
+};
+
 void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
 #if defined(__x86_64__)
   auto run = w.bits == 2 ? dequantize_avx512<2> : w.bits == 3 ? dequantize_avx512<3> : w.bits == 4 ? dequantize_avx512<4>
            : w.bits == 6 ? dequantize_avx512<6> : w.mantissa_bits ? dequantize_avx512<80> : dequantize_avx512<8>;
-  run(w, out, n0, n1);
+  const Range range(w);
+  std::vector<float> space(std::max(w.num_columns, w.num_blocks));
+  for (int64_t n = n0, done = n0; n < n1; done = n) {
+    while (n < n1 && range.holds(w, n, space.data())) n++;
+    if (n > done) run(w, out + (done - n0) * w.num_columns, done, n);
+    if (n == n1) break;
+    dequantize_rows(w, space.data(), n, n + 1, kLargestBf16);
+    round_to_bf16(space.data(), w.num_columns, out + (n++ - n0) * w.num_columns);
+  }
 #endif
 }
 
-void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1) {
+void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1, float largest) {
   auto run = w.bits == 2 ? floats2 : w.bits == 3 ? floats3 : w.bits == 4 ? floats4 : w.bits == 6 ? floats6 : floats8;
-  run(w, out, n0, n1);
+  run(w, out, n0, n1, largest);
 }

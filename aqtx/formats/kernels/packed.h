@@ -50,13 +50,17 @@ inline int64_t supers(int64_t columns) { return (columns + kSuper - 1) / kSuper;
 
 INLINE float as_float(uint32_t bits) { float f; __builtin_memcpy(&f, &bits, 4); return f; }
 INLINE uint32_t as_bits(float f) { uint32_t bits; __builtin_memcpy(&bits, &f, 4); return bits; }
-inline uint16_t to_bf16(float f) {  // nearest even; never called with NaN
+inline uint16_t to_bf16(float f) {  // nearest even
   uint32_t bits = as_bits(f);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The value of every code (an asymmetric integer's is the code itself), as bf16.
+// The value of a code, and of every code (an asymmetric integer's is the code itself), as bf16.
+float code_value(const Packed& w, int code);
 const uint16_t* value_table(const Packed& w);
+// The stored scales of a row as float32, one per block.
+void block_scales(const Packed& w, int64_t row, float* out);
 // float32 scales of one row, one per 32 elements (per 16 for blocks of 16), zero-padded to whole 128 elements.
 void row_scales(const Packed& w, int64_t row, float* out);
 constexpr int64_t kSlack = 8;  // floats that a ragged last block may write past them
@@ -75,9 +79,11 @@ void order_activations(const uint16_t* x, int64_t num_rows, const Packed& w, uin
 void order_activations(const float* x, int64_t num_rows, const Packed& w, float* to);
 void round_to_bf16(const float* from, int64_t count, uint16_t* to);  // NaN stays NaN
 void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, int64_t n0, int64_t n1);
-// Dequantized rows n0..n1, [n1 - n0, K]: bf16 with AVX-512 BF16 only, float32 everywhere.
+// Dequantized rows n0..n1, [n1 - n0, K]: bf16 with AVX-512 BF16 only, float32 everywhere. Values beyond `largest`
+// become it and NaN stays NaN, as in decode.py; bf16 likewise, with its own largest.
+constexpr float kLargestFloat = 0x1.fffffep127f, kLargestBf16 = 0x1.fep127f;
 void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1);
-void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1);
+void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1, float largest);
 
 // Round-to-nearest of `rows` rows of K weights to an MX format: codes in the memory layout and E8M0 bytes.
 struct MxTask {

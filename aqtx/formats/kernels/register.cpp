@@ -11,21 +11,18 @@
 #include <memory>
 #include <numeric>
 
-#include "packed.h"
+#include "checks.h"
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-// spec: bits (16: a plain tensor), mantissa_bits, exponent_bias, scale kind, block, has zero, has per-tensor scale
-using Spec = at::IntArrayRef;
-constexpr int64_t kSpecLength = 7;
-
 Packed describe(const Tensor& codes, const Tensor& scale, const Tensor* zero, const Tensor* per_tensor, Spec spec,
                 int64_t num_columns, int64_t expert) {
+  check_packed(codes, scale, zero, per_tensor, spec, num_columns);
+  TORCH_CHECK(0 <= expert && expert < (codes.dim() == 3 ? codes.size(0) : 1), "aqtx: no expert ", expert);
   const int64_t rows = codes.size(-2), blocks = scale.size(-1), row_bytes = codes.size(-1);
-  TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous(), "aqtx: packed weights must be contiguous");
   Packed w{};
   w.codes = codes.const_data_ptr<uint8_t>() + expert * rows * row_bytes;
   w.scale = (const uint8_t*)scale.const_data_ptr() + expert * rows * blocks * scale.element_size();
@@ -37,7 +34,7 @@ Packed describe(const Tensor& codes, const Tensor& scale, const Tensor* zero, co
   return w;
 }
 
-const Tensor* present(const OptionalTensor& t) { return t && t->defined() && t->numel() ? &*t : nullptr; }
+const Tensor* present(const OptionalTensor& t) { return t && t->defined() ? &*t : nullptr; }
 
 // Contiguous activations [count, K] of any float type.
 struct Rows {
@@ -112,18 +109,21 @@ void few_rows(const Rows& x, const Packed& w, int64_t N, void* y) {
   });
 }
 
-// Rows start..start + out.size(0) of a weight into `out`, bf16 or float32.
-void dequantize_into(const Tensor& out, const Packed& w, int64_t start) {
+// Rows start..start + out.size(0) of a weight into `out`, bf16 or float32; none of it beyond `largest`.
+void dequantize_into(const Tensor& out, const Packed& w, int64_t start, float largest) {
   at::parallel_for(0, out.size(0), grain(w), [&](int64_t a, int64_t b) {
-    if (out.scalar_type() == at::kFloat) dequantize_rows(w, out.data_ptr<float>() + a * w.num_columns, start + a, start + b);
+    if (out.scalar_type() == at::kFloat)
+      dequantize_rows(w, out.data_ptr<float>() + a * w.num_columns, start + a, start + b, largest);
     else dequantize_rows(w, (uint16_t*)out.data_ptr() + a * w.num_columns, start + a, start + b);
   });
 }
 
+float largest_of(at::ScalarType type) { return type == at::kHalf ? 65504.0f : type == at::kBFloat16 ? kLargestBf16 : kLargestFloat; }
+
 Tensor dequantized(const Packed& w, int64_t N, const at::TensorOptions& options) {
   const at::ScalarType type = options.dtype().toScalarType();
   const Tensor out = at::empty({N, w.num_columns}, options.dtype(is_fast(type) ? type : at::kFloat));
-  dequantize_into(out, w, 0);
+  dequantize_into(out, w, 0, largest_of(type));
   return out.to(type);
 }
 
@@ -141,7 +141,7 @@ Tensor many_rows(const Tensor& x, const Packed& w, int64_t N) {
   const Tensor y = at::detail::empty_cpu(shape, x.scalar_type()), panel = at::empty({step, w.num_columns}, x.options());
   for (int64_t n = 0; n < N; n += step) {
     const Tensor rows = panel.narrow(0, 0, std::min(step, N - n));
-    dequantize_into(rows, w, n);
+    dequantize_into(rows, w, n, largest_of(x.scalar_type()));
     y.narrow(-1, n, rows.size(0)).copy_(at::linear(x, rows));
   }
   return y;
@@ -149,7 +149,8 @@ Tensor many_rows(const Tensor& x, const Packed& w, int64_t N) {
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const OptionalTensor& zero,
               const OptionalTensor& per_tensor, Spec spec, int64_t num_columns) {
-  TORCH_CHECK(codes.dim() == 2 && x.size(-1) == num_columns && spec.size() == kSpecLength, "aqtx: shapes do not match");
+  TORCH_CHECK(codes.dim() == 2, "aqtx: linear takes a matrix");
+  check_activations(x, num_columns);
   const Packed w = describe(codes, scale, present(zero), present(per_tensor), spec, num_columns, 0);
   const Tensor dense = x.contiguous();
   const int64_t N = codes.size(0);
@@ -164,7 +165,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const O
 
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero, const OptionalTensor& per_tensor,
                   Spec spec, int64_t num_columns, at::ScalarType dtype) {
-  TORCH_CHECK(codes.dim() == 2, "aqtx: dequantize takes a matrix");
+  TORCH_CHECK(codes.dim() == 2 && at::isFloatingType(dtype), "aqtx: dequantize takes a matrix and a float dtype");
   const Packed w = describe(codes, scale, present(zero), present(per_tensor), spec, num_columns, 0);
   return dequantized(w, codes.size(0), codes.options().dtype(dtype));
 }
@@ -175,16 +176,21 @@ struct Bucket {
 };
 
 // One bucket per format. `parts` lists its tensors: codes (or the plain weight), scale, and what its spec says it has.
-std::vector<Bucket> buckets_of(at::TensorList parts, at::IntArrayRef specs) {
+std::vector<Bucket> buckets_of(at::TensorList parts, at::IntArrayRef specs, int64_t num_outputs) {
   std::vector<Bucket> found;
-  size_t next = 0;
+  size_t next = 0, wanted = 0;
+  TORCH_CHECK(specs.size() % kSpecLength == 0, "aqtx: a format takes ", kSpecLength, " numbers");
+  for (size_t at = 0; at < specs.size(); at += kSpecLength)
+    wanted += 1 + (specs[at] != kPlain) + (specs[at + 5] != 0) + (specs[at + 6] != 0);
+  TORCH_CHECK(parts.size() == wanted, "aqtx: the formats have ", wanted, " parts, not ", parts.size());
   for (size_t at = 0; at < specs.size(); at += kSpecLength) {
     Bucket b;
     b.spec = specs.slice(at, kSpecLength);
     b.codes = parts[next++];
-    if (b.spec[0] != 16) b.scale = parts[next++];
+    if (b.spec[0] != kPlain) b.scale = parts[next++];
     if (b.spec[5]) b.zero = parts[next++];
     if (b.spec[6]) b.per_tensor = parts[next++];
+    TORCH_CHECK(b.codes.dim() == 3 && b.codes.size(1) == num_outputs, "aqtx: experts must be [E, ", num_outputs, ", ..]");
     found.push_back(b);
   }
   return found;
@@ -193,16 +199,20 @@ std::vector<Bucket> buckets_of(at::TensorList parts, at::IntArrayRef specs) {
 // Only experts that have rows are read.
 Tensor grouped(const Tensor& x, const Tensor& offsets, at::TensorList parts, at::IntArrayRef specs,
                at::IntArrayRef slots, int64_t num_outputs) {
-  const std::vector<Bucket> buckets = buckets_of(parts, specs);
+  const std::vector<Bucket> buckets = buckets_of(parts, specs, num_outputs);
+  check_activations(x, x.size(-1));
   const Tensor rows = x.contiguous(), ends = offsets.to(at::kLong).contiguous();
+  TORCH_CHECK(x.dim() == 2 && ends.dim() == 1 && size_t(ends.size(0)) <= slots.size(), "aqtx: an expert has no slot");
   Tensor out = at::empty({x.size(0), num_outputs}, x.options());
   for (int64_t expert = 0, start = 0; expert < ends.size(0); expert++) {
     const int64_t end = ends.const_data_ptr<int64_t>()[expert];
     if (end <= start) continue;
+    TORCH_CHECK(end <= x.size(0) && slots[expert] >= 0, "aqtx: expert ", expert, " ends at row ", end, " of ", x.size(0));
     int64_t slot = slots[expert];
-    const Bucket* b = buckets.data();
-    while (slot >= b->codes.size(0)) slot -= (b++)->codes.size(0);
-    const bool packed = b->spec[0] != 16;
+    const Bucket *b = buckets.data(), *last = b + buckets.size();
+    while (b < last && slot >= b->codes.size(0)) slot -= (b++)->codes.size(0);
+    TORCH_CHECK(b < last, "aqtx: expert ", expert, " has slot ", slots[expert], ", beyond the stack");
+    const bool packed = b->spec[0] != kPlain;
     Packed w{};
     if (packed) {
       const Tensor* zero = b->zero.defined() ? &b->zero : nullptr;
@@ -223,9 +233,12 @@ Tensor grouped(const Tensor& x, const Tensor& offsets, at::TensorList parts, at:
 }
 
 std::tuple<Tensor, Tensor> quantize_mx(const Tensor& weight, Spec spec, double largest, int64_t rule, int64_t row_bytes) {
+  TORCH_CHECK(weight.dim() > 0 && weight.device().is_cpu(), "aqtx: a weight on the CPU");
+  check_spec(spec);
   const Tensor rows = weight.contiguous();
   const int64_t K = rows.size(-1), N = K ? rows.numel() / K : 0;
   auto shape = rows.sizes().vec();
+  TORCH_CHECK(spec[1] > 0 && spec[3] == 0 && row_bytes == row_bytes_of(K, spec[0]), "aqtx: no MX format, or no row of it");
   const auto options = rows.options().dtype(at::kByte);
   shape.back() = row_bytes;
   Tensor codes = at::empty(shape, options);
