@@ -121,7 +121,8 @@ INDEXINGS = {
     "[[2, 0]]": lambda w: w[[2, 0]], "rows": lambda w: w.index_select(-2, torch.tensor([3, 1])),
     "[None]": lambda w: w[None], "[...]": lambda w: w[...],
     "[:, :]": lambda w: w[:, :],
-    "picked": lambda w: w.index_select(0, torch.tensor([2, 0, 2])), "narrow": lambda w: w.narrow(0, 1, 2), "unbind": lambda w: w.unbind(0)[1], "chunk": lambda w: w.chunk(2)[1],
+    "picked": lambda w: w.index_select(0, torch.tensor([2, 0, 2])),
+    "narrow": lambda w: w.narrow(0, 1, 2), "unbind": lambda w: w.unbind(0)[1], "chunk": lambda w: w.chunk(2)[1],
     "flip": lambda w: w.flip(0), "t": lambda w: w.mT, "view": lambda w: w.reshape(-1, w.shape[-1]),
     "expand": lambda w: w.expand(2, *w.shape), "masked": lambda w: w[torch.tensor([True, False, True, False])],
 }  # fmt: skip
