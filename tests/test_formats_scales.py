@@ -186,7 +186,7 @@ def test_amax_scales_are_rounded_before_codes(name: str, dtype: torch.dtype) -> 
     amax = weight.float().unflatten(-1, (-1, 128)).abs().amax(-1)
     made = quantize(weight, fmt)
     assert torch.equal(made.scale, (amax / fmt.element.largest).bfloat16())
-    expected = snap_blocks(to_blocks(weight, fmt), Affine(made.scale.float()), fmt)
+    expected = snap_blocks(to_blocks(weight, fmt), Affine(made.scale.float()), fmt, weight.dtype)
     assert torch.equal(made.dequantize(torch.float32), expected.flatten(-2))
 
 

@@ -201,3 +201,19 @@ def test_damaged_resume_data_is_named(checkpoint, ids, tmp_path) -> None:
 
 if __name__ == "__main__":
     child(*sys.argv[1:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("inputs", ["rounded", "original"])
+def test_a_weight_that_is_not_finite_is_named(ids, value: float, inputs: str) -> None:
+    for wanted in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.experts.1.up_proj"):
+        source = random_model(dtype=torch.float32)
+        by_name = dict(source.named_parameters())
+        own = f"{wanted}.weight"
+        stack = by_name[own] if own in by_name else by_name["model.layers.0.mlp.experts.up_proj"][1]
+        with torch.no_grad():
+            stack[2, 5] = value
+        program = prepare(source)
+        with pytest.raises(InputError, match=rf"{wanted}: the weight has {value} at index \[2, 5\]"):
+            run(program, ids, inputs=inputs)
+        assert not any(code.dequantize().isnan().any() for code in program.codes.values())

@@ -17,6 +17,7 @@ from aqtx.blockwise.block_runner import Runner, Stage, Want, waves_of
 from aqtx.blockwise.input_moments import Moments
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor, kernel, parse
+from aqtx.formats.codec import check_finite
 from aqtx.numerics.gptq import Curvature, Options, Solution
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.program.blocks import Block, Values
@@ -56,12 +57,12 @@ class Unit:
 
 
 @contextmanager
-def naming(site: str) -> Iterator[None]:
+def naming(place: str) -> Iterator[None]:
     """Problems found inside name the place."""
     try:
         yield
     except InputError as error:
-        raise InputError(*(f"inputs of {site}: {problem}" for problem in error.problems)) from error
+        raise InputError(*(f"{place}: {problem}" for problem in error.problems)) from error
 
 
 @dataclass
@@ -143,7 +144,7 @@ class BlockRounder:
         """Solve the unit's experts, all nodes that read the same moments with one factor."""
         tokens = None if self.settings.prior == "none" else moments.tokens
         solver, rounded = self.settings.solver, Rounded()
-        with naming(unit.first_site):
+        with naming(f"inputs of {unit.first_site}"):
             curvature = Curvature.of(moments.H, num_tokens=tokens, prior=prior, options=solver)
         for sites in unit.stage.sites.values():
             batches: dict[str, list[Site]] = {}
@@ -163,6 +164,9 @@ class BlockRounder:
         places = [moments.place[expert] for expert in experts]
         part = curvature if len(places) == len(moments.H) else curvature.take(places)
         W = torch.stack([program.read(site) for site in sites])  # float32: `stack` has rounded what passes changed
+        for site, one in zip(sites, W, strict=True):
+            with naming(site.name):
+                check_finite(one)
         found = part.solve(W.to(stack.device), parse(sites[0].get("format")))
         rounded = Rounded(rows=self._rows(sites, moments, found), channels={sites[0].weight: moments.largest})
         for index, site in enumerate(sites):

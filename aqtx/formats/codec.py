@@ -12,10 +12,10 @@ from torch import Tensor
 from aqtx.errors import InputError
 from aqtx.formats import kernel
 from aqtx.formats.decode import to_storage_dtype
-from aqtx.formats.elements import round_value, value_to_code
+from aqtx.formats.elements import value_to_code
 from aqtx.formats.packing import memory_bytes, pack, stored
 from aqtx.formats.scale_rules import choose_for_blocks, per_matrix_scale
-from aqtx.formats.scales import E8M0_NAN, Affine, Scales, decode_scale, snap_blocks, to_blocks
+from aqtx.formats.scales import E8M0_NAN, Affine, Scales, decode_scale, nearest_steps, snap_blocks, to_blocks
 from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.formats.tensor import QuantizedTensor
 
@@ -55,7 +55,7 @@ def nearest_values(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """The values that `encode` finds codes for: same dtype and shape as the weight."""
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows, part, target in _pieces(weight, scales, fmt, out):
-        values = stored(snap_blocks(to_blocks(rows, fmt), part, fmt).flatten(-2))[..., : weight.shape[-1]]
+        values = stored(snap_blocks(to_blocks(rows, fmt), part, fmt, weight.dtype).flatten(-2))[..., : weight.shape[-1]]
         target.copy_(to_storage_dtype(values, weight.dtype))
     return out
 
@@ -116,7 +116,7 @@ def _codes(weight: Tensor, fmt: Format, scales: Scales) -> Iterator[Tensor]:
     for rows, part, _ in _pieces(weight, scales, fmt):
         blocks = to_blocks(rows, fmt)
         zero_point = None if part.zero_point is None else part.zero_point.unsqueeze(-1)
-        values = round_value(blocks / part.scale.unsqueeze(-1), fmt.element, zero_point)
+        values = nearest_steps(blocks, part, fmt, weight.dtype)
         yield stored(value_to_code(values, fmt.element, zero_point).flatten(-2))[..., : weight.shape[-1]]
 
 

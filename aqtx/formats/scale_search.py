@@ -160,7 +160,7 @@ def _shorter(bounds: tuple[Tensor, Tensor], fmt: Format) -> list[Affine]:
 
 
 def _is_exact(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
-    return (snap_blocks(blocks, affine, fmt).to(dtype).float() == blocks).all(-1)
+    return (snap_blocks(blocks, affine, fmt, dtype).to(dtype).float() == blocks).all(-1)
 
 
 def _select(mask: Tensor, yes: Affine, no: Affine) -> Affine:

@@ -45,11 +45,25 @@ def to_blocks(weight: Tensor, fmt: Format) -> Tensor:
     return (pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, size))
 
 
-def snap_blocks(blocks: Tensor, affine: Affine, fmt: Format) -> Tensor:
-    """Blocks [..., G, B] rounded to the format's values at the given scales [..., G]."""
+def snap_blocks(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Blocks [..., G, B] of a weight of `dtype` rounded to the format's values at the given scales [..., G]."""
+    return nearest_steps(blocks, affine, fmt, dtype).mul_(affine.scale.unsqueeze(-1))
+
+
+def nearest_steps(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """Element values [..., G, B] nearest to blocks of a weight of `dtype`, in steps of the scales [..., G].
+
+    bf16 holds fewer numbers than 256 steps: below a power of two lie more of them than above it, so that the step
+    nearest to a number of bf16 may be stored as another one while its neighbour is stored as that very number.
+    """
     scale = affine.scale.unsqueeze(-1)
     zero_point = None if affine.zero_point is None else affine.zero_point.unsqueeze(-1)
-    return round_value(blocks / scale, fmt.element, zero_point).mul_(scale)
+    steps = round_value(blocks / scale, fmt.element, zero_point)
+    if zero_point is None or fmt.element.bits < 8 or dtype is not torch.bfloat16:
+        return steps
+    missed = blocks - (steps * scale).to(dtype).float()
+    beside = round_value(steps + missed.sign(), fmt.element, zero_point)
+    return torch.where((missed != 0) & ((beside * scale).to(dtype).float() == blocks), beside, steps)
 
 
 def decode_scale(scales: Scales, fmt: Format) -> Tensor:

@@ -62,7 +62,10 @@ def allocate(
     if not np.array_equal(sizes, np.rint(sizes)):  # fractions of bytes add up with rounding: stay below the line
         least = problem.size_of(smallest(problem))
         problem = replace(problem, budget=max(least, problem.budget * (1 - 1e-12)))
-    found = _solve(problem, exact if exact is not None else problem.cost.size <= EXACT_PAIRS)
+    # sizes beyond each row's least: a large part common to a row's sizes would leave the bound few digits
+    common = np.take_along_axis(problem.size, smallest(problem)[:, None], axis=1)
+    beyond = Problem(problem.cost, problem.size - common, problem.budget - math.fsum(common.ravel()))
+    found = _solve(beyond, exact if exact is not None else problem.cost.size <= EXACT_PAIRS)
     choice = torch.from_numpy(found.choice[group])
     return Allocation(choice, found.cost, found.bound, found.gap(), problem.size_of(found.choice))
 

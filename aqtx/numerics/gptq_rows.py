@@ -97,12 +97,12 @@ def better_rows(
         # one side is evaluated and held against the other's bound; where that leaves rows open, the other side too
         if tight:
             theirs = row_errors(nearest.rows(expert, left), H[expert])
-            still = bound[expert, left] >= theirs
+            still = ~(bound[expert, left] < theirs)  # NaN proves nothing
             known[left] = ~still
             known[left[still]] = row_errors(D.rows(expert, left[still]), H[expert]) < theirs[still]
         else:
             ours = row_errors(D.rows(expert, left), H[expert])
-            still = ours >= proven[expert, left]
+            still = ~(ours < proven[expert, left])
             known[left] = ~still
             known[left[still]] = ours[still] < row_errors(nearest.rows(expert, left[still]), H[expert])
     return better
