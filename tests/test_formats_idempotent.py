@@ -7,8 +7,7 @@ from torch import Tensor
 from aqtx.formats import fake_quantize, quantize
 from tests.formats.cases import DTYPES, normal
 
-NAMES = ["int8_asym", "int8_row_asym", "int8_g32_asym", "int8_asym@search", "int6_asym", "int8", "nvfp4",
-         "nvfp4@search", "mxfp4@search", "mxfp8@search", "fp8@search", "int3"]  # fmt: skip
+NAMES = ["int8_asym", "int8_row_asym", "int8_g32_asym", "int8_asym@search", "int6_asym", "int8", "nvfp4"]
 
 
 def draws() -> dict[str, Tensor]:

@@ -231,6 +231,18 @@ def test_active_costs_count_an_expert_by_its_share(annotated: Program) -> None:
     assert 4.8 < sum(read.values()) * 8 / weights <= 5.0
 
 
+def test_active_costs_refuse_what_storage_would_allow(annotated: Program) -> None:
+    """With lm_head at mxfp8 and all experts at mxfp4, what a token reads has more bits a weight than what is stored."""
+    pinned = {"keep": ("attention", "router"), "pins": {"lm_head": "mxfp8"}}
+    head = next(site.numel for site in annotated.sites() if site.name == "lm_head")
+    experts = EXPERTS * 128 * 64
+    stored, read = ((8.25 * head + share * 4.25 * experts) / (head + share * experts) for share in (1.0, 0.5))
+    between = (stored + read) / 2
+    planned(annotated, average_bits=between, cost_model="storage", **pinned)
+    with pytest.raises(InputError, match=f"smallest possible, {read:.4f}"):
+        planned(annotated, average_bits=between, cost_model="active", **pinned)
+
+
 def test_the_plan_survives_json_and_marks_the_sites(annotated: Program) -> None:
     plan = planned(annotated, average_bits=5.0, activations="mxfp8")
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

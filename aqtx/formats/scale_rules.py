@@ -52,7 +52,7 @@ def choose_for_blocks(
         return Scales(_choose_e8m0(blocks, fmt, importance))
     if fmt.scale is NVFP4_SCALE:
         assert per_tensor is not None
-        return Scales(_choose_e4m3(blocks, fmt, dtype, per_tensor=per_tensor, importance=importance), None, per_tensor)
+        return Scales(_choose_e4m3(blocks, fmt, per_tensor, importance), None, per_tensor)
     affine = _choose_real(blocks, fmt, dtype, importance)
     zero_point = None if affine.zero_point is None else affine.zero_point.to(torch.uint8)
     return Scales(affine.scale.to(torch.bfloat16), zero_point)
@@ -126,16 +126,14 @@ def _exponent_rceil(amax: Tensor, fmt: Format) -> Tensor:
     return torch.where(tiny, 0, (bits >> MANTISSA_BITS) + round_up)
 
 
-def _choose_e4m3(
-    blocks: Tensor, fmt: Format, dtype: torch.dtype, *, per_tensor: Tensor, importance: Tensor | None
-) -> Tensor:
+def _choose_e4m3(blocks: Tensor, fmt: Format, per_tensor: Tensor, importance: Tensor | None) -> Tensor:
     wanted = amax_of(blocks) / fmt.element.largest / per_tensor
     stored = _encode_e4m3(wanted)
     if fmt.rule == "amax":
         return stored
     steps = torch.tensor(CODES_TRIED, device=stored.device).view(-1, *[1] * stored.dim())
     codes = (stored + steps).clamp(E4M3_SMALLEST_CODE, E4M3_LARGEST_CODE)
-    best = least_error(blocks, Affine(code_to_value(codes, E4M3) * per_tensor), fmt, dtype, importance)
+    best = least_error(blocks, Affine(code_to_value(codes, E4M3) * per_tensor), fmt, torch.float32, importance)
     return codes.gather(0, best[None])[0].to(torch.uint8)
 
 

@@ -67,7 +67,8 @@ def allocate(
     beyond = Problem(problem.cost, problem.size - common, problem.budget - math.fsum(common.ravel()))
     found = _solve(beyond, exact if exact is not None else problem.cost.size <= EXACT_PAIRS)
     choice = torch.from_numpy(found.choice[group])
-    return Allocation(choice, found.cost, found.bound, found.gap(), problem.size_of(found.choice))
+    bound = min(found.bound, found.cost)  # sums of the same costs in another order
+    return Allocation(choice, found.cost, bound, found.gap(), problem.size_of(found.choice))
 
 
 def least_size(size: Tensor, allowed: Tensor, groups: Sequence[int] | None = None) -> float:
