@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqtx.errors import InputError
+from aqtx.models.sanity import nonsense
 
 if TYPE_CHECKING:
     from aqtx.models.decoder import CausalLM
@@ -68,8 +69,10 @@ def load_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object")
+    if problems := nonsense(config):
+        raise InputError(*(f"{path}: {problem}" for problem in problems))
     return config

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 
 from aqtx.checkpoint.header import read_header
 from aqtx.errors import InputError
+from aqtx.machine.files import writing
+from aqtx.models.sanity import nonsense
 from aqtx.planning.manual import read_manual
 from aqtx.program.edits import edit_from_json
 from aqtx.runs.yaml_text import parse_yaml
@@ -126,3 +129,34 @@ def test_what_would_never_end_is_told(tmp_path, monkeypatch):
         parse_yaml(bomb, "recipe")
     with pytest.raises(InputError, match="block cannot be"):
         edit_from_json({"edit": "hadamard", "weight": "w", "block": 10**12, "seed": None})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rms_norm_eps", value) for value in (-1, 0, float("nan"), float("inf"), "x", True)),
+        *(("rope_theta", value) for value in (0, -5, "x")),
+        *(("max_position_embeddings", value) for value in (0, -1, 2.5, "x", [1])),
+        ("num_experts_per_tok", 9),
+    ],
+)
+def test_values_with_which_nothing_is_computed_are_told_by_key(key, value):
+    config = {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64, "num_experts": 8}
+    config["num_experts_per_tok"] = 2
+    assert nonsense(config) == []
+    [problem] = nonsense({**config, key: value})
+    assert key in problem
+
+
+def test_an_empty_text_source_is_told():
+    with pytest.raises(InputError, match="names nothing"):
+        read_passages("", "calibration")
+
+
+def test_a_full_disk_names_the_file_and_the_bytes():
+    with (
+        pytest.raises(InputError, match=r"/dev/full cannot be written: the disk is full; 1,000,000 bytes are needed"),
+        writing(Path("/dev/full"), 1_000_000),
+        Path("/dev/full").open("wb", buffering=0) as stream,
+    ):
+        stream.write(b"x" * 1_000_000)

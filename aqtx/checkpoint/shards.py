@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqtx.machine.files import writing
+
 MAX_SHARD_BYTES = 2_000_000_000
 _HEADER_ALIGNMENT = 8
 _DTYPES = {
@@ -74,7 +76,8 @@ class _Shard:
     def append(self, key: str, tensor: Tensor) -> None:
         """Write a tensor's bytes and remember its place."""
         size = tensor.element_size()
-        with self._scratch(size).open("ab" if size in self._entries else "wb") as stream:
+        place = self._scratch(size)
+        with writing(place, tensor.nbytes), place.open("ab" if size in self._entries else "wb") as stream:
             tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().tofile(stream)
         self._entries.setdefault(size, []).append((key, _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)))
         self.num_bytes += tensor.nbytes
@@ -90,7 +93,7 @@ class _Shard:
             at += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-        with file.open("wb") as stream:
+        with writing(file, self.num_bytes), file.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for size in sizes:
                 with self._scratch(size).open("rb") as data:

@@ -91,6 +91,8 @@ def read_passages(source: str, part: str) -> list[Passage]:
 def check_source(source: str) -> None:
     """InputError unless a source is the name of something, or there."""
     known = ["builtin", *DATASETS]
+    if not source.strip():
+        raise InputError(f"text source {source!r} names nothing; give a file, a folder or one of {', '.join(known)}")
     if source not in known and source.partition(":")[0] not in DATASETS and not Path(source).exists():
         raise InputError(
             f"text source {source!r} is neither a file, a folder nor one of {', '.join(known)}{nearest(source, known)}"
