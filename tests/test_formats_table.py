@@ -7,7 +7,8 @@ import pytest
 
 from aqtx.errors import InputError
 from aqtx.formats import names, parse
-from aqtx.formats.table import describe
+from aqtx.formats.table import describe, expand
+from aqtx.planning.settings import Settings
 
 BITS = {
     "mxfp4": 4.25, "mxfp6": 6.25, "mxfp6_e3m2": 6.25, "mxfp8": 8.25, "mxfp8_e5m2": 8.25, "bf16": 16,
@@ -80,3 +81,13 @@ def test_every_row_is_described() -> None:
 def test_names_are_checked_without_torch() -> None:
     code = "import sys, aqtx.formats as f; f.parse('int4_g64@search'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sets_stand_for_several_formats_each_once() -> None:
+    assert expand(["mx", "mxfp4", "int8"]) == ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "int8")
+    assert {*expand(["mx"]), *expand(["int"]), "nvfp4"} == set(expand(["all"]))
+    assert all(parse(name).name == name for name in expand(["all"]))
+    settings = Settings(method="error", candidates=("int", "nvfp4"), average_bits=4.25)
+    assert settings.problems() == []
+    assert [fmt.name for fmt in settings.formats] == ["int3_g64", "int4_g64", "nvfp4", "int6_g64", "int8_g64"]
+    assert any("unknown format 'mix'" in problem for problem in Settings(candidates=("mix",)).problems())

@@ -134,12 +134,19 @@ _ROWS: dict[str, tuple[Element, int, ScaleKind, str]] = {
 }
 ALIASES = {"mxfp6": "mxfp6_e2m3", "mxfp8": "mxfp8_e4m3", "fp6": "fp6_e2m3", "fp8": "fp8_e4m3"}
 GROUPS = (32, 64, 128)
+_MX_SET, _INT_SET = ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3"), ("int3_g64", "int4_g64", "int6_g64", "int8_g64")
+SETS = {"mx": _MX_SET, "int": _INT_SET, "all": (*_MX_SET, *_INT_SET, "nvfp4")}  # names for several formats at once
 _NAME = re.compile(r"(?P<base>[a-z0-9_]+?)(?:_g(?P<group>\d+)|(?P<row>_row))?(?P<asym>_asym)?(?:@(?P<rule>\w+))?")
 
 
 def names() -> list[str]:
     """The table's names, aliases excluded, in order."""
     return list(_ROWS)
+
+
+def expand(formats: Sequence[str]) -> tuple[str, ...]:
+    """Names of formats with those of sets (`mx`, `int`, `all`) replaced by what they hold, each once."""
+    return tuple(dict.fromkeys(name for given in formats for name in SETS.get(given, (given,))))
 
 
 def parse(name: "str | Format", *, scale_rule: str | None = None) -> Format:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import aqtx.planning.methods  # noqa: F401  (registers the methods)
 from aqtx.errors import InputError, nearest, problems_of
-from aqtx.formats.table import Format, parse
+from aqtx.formats.table import Format, expand, parse
 from aqtx.numerics.hadamard import is_order
 from aqtx.planning.groups import group_problems
 from aqtx.planning.method import METHODS, Method
@@ -24,7 +24,8 @@ class Settings:
     Fields:
         method: where the bits go; `aqtx ls methods` tells of each, and which of these keys it reads.
         candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
-            `threshold` and `front_back` mxfp4, mxfp8.
+            `threshold` and `front_back` mxfp4, mxfp8. A list may name sets: `mx` (these three), `int` (INT3, 4, 6 and
+            8 in groups of 64), `all` (both and nvfp4).
         average_bits: stored bits per planned weight, scales included. Kept sites are outside it.
         budget_bytes: bytes of all stored tensors, kept ones included. Give this or average_bits.
         keep: categories (`attention`, `router`, ...) and patterns of sites that stay as they are. Default:
@@ -143,7 +144,7 @@ class Settings:
     @property
     def _candidates(self) -> dict[str, Format]:
         names = self.candidates if self.candidates is not None else self.row.candidates
-        return {parse(name).name: parse(name) for name in names}
+        return {parse(name).name: parse(name) for name in expand(names)}
 
     @property
     def kept_selectors(self) -> tuple[str, ...]:
@@ -179,7 +180,7 @@ class Settings:
 
     def problems(self) -> list[str]:
         """What is wrong, in sentences."""
-        formats = (*(self.candidates or ()), *self.pins.values())
+        formats = (*expand(self.candidates or ()), *self.pins.values())
         if self.activations != "none":
             formats = (*formats, self.activations)
         if unknown := problems_of(lambda: self.rows):
@@ -224,10 +225,10 @@ class Settings:
         counts = self.row.counts
         if self.candidates is not None and not self.candidates:
             yield "candidates is empty; name at least one format."
-        elif counts and not format_problems(self.candidates or (), "") and self.num_candidates not in counts:
+        elif counts and not format_problems(expand(self.candidates or ()), "") and self.num_candidates not in counts:
             wanted = " or ".join(map(str, counts))
             yield f"method {self.method} needs {wanted} candidates, there are {self.num_candidates}."
-        elif self.method == "ratio" and self.bf16_ratio > 0 and self.candidates and len(self.candidates) == 2:
+        elif self.method == "ratio" and self.bf16_ratio > 0 and self.candidates and self.num_candidates == 2:
             yield "bf16_ratio: a top tier needs three candidates."
         if self.groups and self.row.choose is not None and not self.row.honours_groups:
             able = [name for name, row in sorted(METHODS.items()) if "groups" in row.keys]
@@ -242,7 +243,7 @@ class Settings:
             yield f"method {self.method} takes no {given[0]}: its own fields decide the size."
         if row.budget == "required" and not given:
             yield f"method {self.method} needs average_bits or budget_bytes."
-        if self.method == "uniform" and not given and (self.candidates is None or len(self.candidates) > 1):
+        if self.method == "uniform" and not given and (self.candidates is None or self.num_candidates > 1):
             yield "method uniform needs average_bits or budget_bytes to choose among several candidates."
         if row.nominal and self.budget_bytes is not None:
             yield f"method {self.method} counts nominal bits per matrix: give average_bits."
