@@ -79,7 +79,14 @@ def test_resolved_writes_every_default_and_no_output_path():
     document = {**MINIMAL, "output": "out/here", "evaluate": {"perplexity": "builtin"}, "passes": ["emit"]}
     resolved = parse_recipe(document).resolved()
     assert "output" not in resolved
-    assert resolved["calibration"] == {"source": "builtin", "num_sequences": 64, "sequence_length": 256, "tau": None}
+    assert resolved["calibration"] == {
+        "source": "builtin",
+        "num_sequences": 64,
+        "sequence_length": 256,
+        "tau": None,
+        "temperature": 1.0,
+        "starts": "uniform",
+    }
     assert resolved["evaluate"]["batch_size"] == 8
     assert resolved["passes"] == ["emit"]
     assert resolved == parse_recipe({**document, "output": "elsewhere"}).resolved()
