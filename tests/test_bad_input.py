@@ -16,6 +16,7 @@ from aqtx.machine.files import writing
 from aqtx.models.sanity import nonsense
 from aqtx.planning.manual import read_manual
 from aqtx.program.edits import edit_from_json
+from aqtx.report.write import write_report
 from aqtx.runs.yaml_text import parse_yaml
 from aqtx.text import sources
 from aqtx.text.sources import read_passages
@@ -160,3 +161,15 @@ def test_a_full_disk_names_the_file_and_the_bytes():
         Path("/dev/full").open("wb", buffering=0) as stream,
     ):
         stream.write(b"x" * 1_000_000)
+
+
+def test_names_with_dollars_and_half_pairs_are_drawn(tmp_path):
+    change = {"value": 0.1, "low": 0.0, "high": 0.2}
+    names = ("a$b$^{", "$", "\ud800", "\x1b[2J")
+    entry = {"before": change, "after": change, "change": change}
+    report = {"name": "$\\frac{", "perplexity": entry, "perplexity_by_domain": dict.fromkeys(names, entry)}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert (tmp_path / "figures" / "perplexity_change.png").is_file()
+    assert "\\ud800" in page
+    assert "\x1b" not in page

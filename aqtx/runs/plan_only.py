@@ -9,7 +9,8 @@ import torch
 
 from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
-from aqtx.machine.files import make_folder
+from aqtx.machine.files import write_text
+from aqtx.machine.marker import claim
 from aqtx.planning.settings import Settings
 from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
@@ -50,8 +51,8 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
     assert program.plan is not None
     output = Path(recipe.output or "out/plan")
     directory = output.with_name(output.name + ".plan")
-    make_folder(directory)
-    (directory / "plan.json").write_text(json.dumps(program.plan.to_json(), indent=1) + "\n")
+    claim(directory, "plan", ["plan.json"])
+    write_text(directory / "plan.json", json.dumps(program.plan.to_json(), indent=1) + "\n")
     write_tables(program, recipe.passes, directory)
     return Planned(program, program.plan, directory)
 
