@@ -4,13 +4,13 @@ import ast
 from pathlib import Path
 
 import pytest
-from tiny import write_checkpoint
 
 import aqtx
 from aqtx.program import annotations
 from aqtx.program.annotations import ANNOTATIONS, check, known
 from aqtx.program.site import Site
 from aqtx.runs.recipe import load_passes
+from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_checkpoint
 from torch import Tensor
 
 import aqtx
@@ -18,6 +17,7 @@ from aqtx.passes.quantize import Quantize
 from aqtx.program.program import Program
 from aqtx.runs.pipeline import run
 from aqtx.text.tokens import Document
+from tests.tiny import write_checkpoint
 
 SIZES = (70, 9, 70, 33, 128, 2)
 

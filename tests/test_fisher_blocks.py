@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny import write_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -19,6 +18,7 @@ from aqtx.sensitivity import text_gradients as text_gradients_module
 from aqtx.sensitivity.fisher import KEYS, Detail, measure_fisher
 from aqtx.sensitivity.measured import requests
 from aqtx.sensitivity.selection import unique_sites
+from tests.tiny import write_checkpoint
 
 FORMATS = [parse(name) for name in ("int3", "mxfp4", "mxfp8")]
 LLAMA = {

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import OLMOE, write_checkpoint
 
 import aqtx
 from aqtx import cli
@@ -24,6 +23,7 @@ from aqtx.registry import Context
 from aqtx.runs.pipeline import run
 from aqtx.runs.schema import parse_fields
 from aqtx.sensitivity.measured import values
+from tests.tiny import OLMOE, write_checkpoint
 
 BITS = {"mxfp4": 4.25, "mxfp6_e2m3": 6.25, "mxfp8_e4m3": 8.25}
 QUICKSTART = "passes.1.assign_plan"

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import OLMOE, write_checkpoint
 
 import aqtx
 from aqtx.errors import InputError
@@ -26,6 +25,7 @@ from aqtx.registry import Context
 from aqtx.runs.pipeline import run
 from aqtx.runs.schema import parse_fields
 from aqtx.sensitivity.alpha import COLUMNS, alpha_csv
+from tests.tiny import OLMOE, write_checkpoint
 
 EXPERTS = 24  # 2 layers x 4 experts x 3 projections, all of 128 x 64 weights
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import write_checkpoint
 from torch import Tensor, fx
 
 import aqtx
@@ -23,6 +22,7 @@ from aqtx.registry import Context
 from aqtx.sensitivity.alpha import robust_z
 from aqtx.sensitivity.calibrated import fit, fit_line
 from aqtx.sensitivity.rounded_model import RoundedModel, mean_loss
+from tests.tiny import write_checkpoint
 
 FORMATS = ("int3", "mxfp4")
 

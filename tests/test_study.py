@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny import write_checkpoint
 
 import aqtx
 from aqtx.errors import InputError
@@ -27,6 +26,7 @@ from aqtx.study.correlate import correlations, held_out, measure_truth
 from aqtx.study.run import Study, study_recipe
 from aqtx.study.verdict import Point, study_json
 from aqtx.text.tokens import Document
+from tests.tiny import write_checkpoint
 
 SPEC = StudySpec(methods=("alpha", "fisher", "alphaq", "uniform", "random"), average_bits=(3.75,), random_seeds=2)
 
