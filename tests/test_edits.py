@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import aqtx
-from aqtx.checkpoint.export import export_dequantized
+from aqtx.checkpoint.exports.run import export
 from aqtx.errors import InputError
 from aqtx.program.edits import (
     KINDS,
@@ -76,7 +76,7 @@ def test_a_new_kind_of_edit_is_one_record(doubling: type[Edit], tmp_path: Path) 
     loaded = aqtx.load(tmp_path / "saved")
     assert loaded.edits == [doubling(weight=WEIGHT)]
     assert torch.equal(loaded.module()(ids), doubled)
-    export_dequantized(tmp_path / "saved", tmp_path / "plain", dtype=torch.float32)
+    export(tmp_path / "saved", "dequantized", tmp_path / "plain", dtype=torch.float32)
     undone = aqtx.load(tmp_path / "plain")
     assert undone.edits == []
     assert torch.equal(undone.weights.get(WEIGHT), 2 * program.weights.get(WEIGHT))

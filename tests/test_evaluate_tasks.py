@@ -92,7 +92,7 @@ def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(progra
     from lm_eval.models.huggingface import HFLM
 
     import aqtx
-    from aqtx.checkpoint.export import export_dequantized
+    from aqtx.checkpoint.exports.run import export
     from aqtx.checkpoint.open import trace
     from aqtx.evaluate.lm import ProgramLM
     from aqtx.passes.emit import Emit
@@ -106,7 +106,7 @@ def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(progra
     for step in (Quantize(), Emit()):
         step.run(quantized, Context(quiet=True))
     aqtx.save(quantized, tmp_path / "packed")
-    export_dequantized(tmp_path / "packed", tmp_path / "plain", dtype=torch.float32)
+    export(tmp_path / "packed", "dequantized", tmp_path / "plain", dtype=torch.float32)
     quantized.emitted = False  # the dense lowering
     mine = ProgramLM(quantized.module(), ours.tokenizer, max_length=512, batch_size=5)
     other = HFLM(pretrained=str(tmp_path / "plain"), dtype="float32", batch_size=5, device="cpu", max_length=512)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import aqtx
-from aqtx.checkpoint.export import export_dequantized
+from aqtx.checkpoint.exports.run import export
 from aqtx.errors import InputError
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.emit import Emit
@@ -97,7 +97,7 @@ def test_gptq_walks_every_family(source: Path) -> None:
 
 def test_exported_for_transformers(source: Path, tmp_path: Path) -> None:
     aqtx.save(rounded(source, None, Quantize()), tmp_path / "saved")
-    export_dequantized(tmp_path / "saved", tmp_path / "plain", dtype=torch.float32)
+    export(tmp_path / "saved", "dequantized", tmp_path / "plain", dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32, attn_implementation="eager")
     ids = token_ids(2, 7)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from test_huggingface_trace import foreign
 from transformers import AutoModelForCausalLM
 
 import aqtx
-from aqtx.checkpoint.export import export_dequantized
+from aqtx.checkpoint.exports.run import export
 from aqtx.formats import quantize
 from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
@@ -96,7 +96,7 @@ def test_bfloat16_gives_the_same_greedy_tokens(name: str, tmp_path: Path) -> Non
 def test_models_that_only_transformers_knows_reload_and_export(model_type: str, tmp_path: Path) -> None:
     foreign(model_type).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "quantized", tmp_path / "source")
-    export_dequantized(folder, tmp_path / "plain", dtype=torch.float32)
+    export(folder, "dequantized", tmp_path / "plain", dtype=torch.float32)
     ids = token_ids(2, 11)
     with torch.no_grad():
         expected = aqtx.load(folder).module()(ids)
@@ -114,13 +114,13 @@ def test_exported_folders_are_plain_and_compute_the_same(name: str, tmp_path: Pa
     oracle(name).save_pretrained(tmp_path / "source")
     passes = (FoldNorms(), InsertHadamard(before=("mlp_down", "residual"), block=16))
     folder = quantized(tmp_path / "quantized", tmp_path / "source", passes=passes)
-    export_dequantized(folder, tmp_path / "plain", dtype=torch.float32)
+    export(folder, "dequantized", tmp_path / "plain", dtype=torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     ids = token_ids(2, 11)
     with torch.no_grad():
         expected = aqtx.load(folder).module()(ids)
         assert (reloaded(tmp_path / "plain")(ids).logits - expected).abs().max() <= 5e-6
-    export_dequantized(folder, tmp_path / "half")
+    export(folder, "dequantized", tmp_path / "half")
     assert reloaded(tmp_path / "half", "auto").dtype == torch.bfloat16
 
 

@@ -1,0 +1,129 @@
+"""compressed-tensors: what transformers loads, with the library's own decompression as the oracle."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aqtx
+from aqtx.checkpoint.exports.run import export
+from aqtx.errors import InputError
+from tests.model_cases import oracle
+from tests.quantized_folders import config_of, quantized
+from tests.tiny import write_checkpoint
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+# every format that has a form and that transformers reads, in the projections of a dense model
+DENSE = (
+    {
+        "*.0.self_attn.q_proj": "int4_g32",
+        "*.0.self_attn.k_proj": "int8_row",
+        "*.0.self_attn.v_proj": "int3_g64",
+        "*.0.self_attn.o_proj": "int6",
+        "*.0.mlp.gate_proj": "mxfp4",
+        "*.0.mlp.up_proj": "mxfp8",
+        "*.0.mlp.down_proj": "fp8_row",
+    },
+    {"*.1.self_attn.q_proj": "int2_g64", "*.1.self_attn.k_proj": "mxfp6", "*.1.mlp.down_proj": "int4_row"},
+    {"*.2.mlp.gate_proj": "nvfp4", "*.2.mlp.up_proj": "int8_g32", "lm_head": "int4"},
+)
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters of transformers' model, decompressed by compressed-tensors when it first computes."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    return dict(model.state_dict())
+
+
+def assert_same_parameters(folder: Path, theirs: dict[str, torch.Tensor]) -> int:
+    """Every parameter of our model bit for bit in theirs, where gate and up of experts are one stack."""
+    own = aqtx.load(folder)
+    values = {
+        name: value.dequantize() if hasattr(value, "dequantize") else value
+        for name, value in own.parameters(own.weights.names()).items()
+    }
+    unlike = []
+    for name, value in values.items():
+        stack, _, projection = name.rpartition(".")
+        found = theirs.get(name)
+        if found is None and projection in ("gate_proj", "up_proj"):
+            found = theirs[f"{stack}.gate_up_proj"].chunk(2, 1)[projection == "up_proj"]
+        if found is None or not torch.equal(found, value):
+            unlike.append(name)
+    assert unlike == []
+    return len(values)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dense")
+    oracle("llama", **WIDE).to(torch.bfloat16).save_pretrained(root / "source")
+    return quantized(root / "source", root / "quantized", {k: v for part in DENSE for k, v in part.items()})
+
+
+def test_every_format_with_a_form_loads_bit_for_bit(dense: Path, tmp_path: Path) -> None:
+    made = export(dense, "compressed-tensors", tmp_path / "out")
+    assert made.checked is not None and made.checked.allowed == 0 and made.checked.values > 460_000
+    assert made.clients == ("transformers",)  # q, k and v differ, which vLLM fuses
+    assert assert_same_parameters(dense, loaded(tmp_path / "out")) == 3 * 9 + 3
+
+
+def test_experts_of_one_scheme_load_bit_for_bit(tmp_path: Path) -> None:
+    folder = quantized("tinymoe", tmp_path / "q", {"*.experts.*": "int4_g32", "*.q_proj": "mxfp6"})
+    made = export(folder, "compressed-tensors", tmp_path / "out")
+    assert made.clients == ("transformers",)
+    assert assert_same_parameters(folder, loaded(tmp_path / "out")) == 4 * 12 + 3
+
+
+def test_inputs_rounded_to_int8_become_w8a8(tmp_path: Path) -> None:
+    oracle("llama", **WIDE | {"num_hidden_layers": 1}).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    folder = quantized(tmp_path / "source", tmp_path / "q", {"*_proj": "int8_row"}, aq="int8_row")
+    made = export(folder, "compressed-tensors", tmp_path / "out")
+    [group] = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    assert group["format"] == "int-quantized" and group["input_activations"]["strategy"] == "token"
+    assert made.clients == ("vllm", "transformers") and made.notes == []
+    assert_same_parameters(folder, loaded(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("formats", "says"),
+    [
+        (
+            {"*.experts.*": "mxfp6_e3m2"},
+            "has no form for mxfp6_e3m2 in rows of 128: 16 matrices.*nearest.*is mxfp6_e2m3",
+        ),
+        ({"*.0.*.experts.*": "mxfp6", "*.1.*.experts.*": "int4"}, "vllm has no form for mxfp6_e2m3.*is int6"),
+        ({"*.experts.*": "nvfp4"}, "vllm fuses .* differ.* transformers has no form for nvfp4.*wrongly"),
+        ({"*.self_attn.q_proj": "mxfp6"}, "transformers loads no unquantized experts"),
+    ],
+)
+def test_what_no_client_loads_is_refused_before_anything_is_written(
+    formats: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    folder = quantized(write_checkpoint(tmp_path / "source"), tmp_path / "q", formats)
+    with pytest.raises(InputError) as refused:
+        export(folder, "compressed-tensors", tmp_path / "out")
+    assert re.search(says, " ".join(refused.value.problems))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_verification_names_what_differs(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code that is changed while it is written is found, and nothing is left behind."""
+    from aqtx.checkpoint.exports import compressed_tensors
+
+    honest = compressed_tensors.write_shards
+
+    def damaged(tensors: Any, directory: Path) -> None:
+        honest(((key, value ^ 1 if key == "lm_head.weight_packed" else value) for key, value in tensors), directory)
+
+    monkeypatch.setattr(compressed_tensors, "write_shards", damaged)
+    with pytest.raises(InputError, match=r"lm_head.weight: .* values differ"):
+        export(dense, "compressed-tensors", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    export(dense, "compressed-tensors", tmp_path / "out", verify=False)
