@@ -28,6 +28,7 @@ class Family:
     arch: str
     permuted: bool = False
     assumed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    equal_heads: bool = False  # as many heads of keys as of queries
     theta: float = 10000.0
 
 
@@ -47,6 +48,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         arch="olmoe",
+        equal_heads=True,
         assumed={"norm_topk_prob": _PLAIN_TOP_K, "clip_qkv": (None,), "attention_bias": _NO_BIAS},
     ),
     "qwen2_moe": Family(
@@ -95,6 +97,8 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         for key, values in FAMILIES[kind].assumed.items()
         if key in config and config[key] not in values
     ]
+    if FAMILIES[kind].equal_heads and config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
+        problems.append(f"config.json: llama.cpp's {kind} has as many key heads as query heads")
     rope = Rope.kind_of(config)
     if rope not in ("default", "linear", "llama3", "yarn"):
         problems.append(f"config.json: llama.cpp has no rotary variant {rope!r}")

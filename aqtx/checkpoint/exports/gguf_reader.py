@@ -68,7 +68,7 @@ class GgufReader:
         tensor = self.tensors[name]
         data = tensor.data if index is None else tensor.data[index]
         values = dequantize(np.ascontiguousarray(data), tensor.tensor_type).astype(np.float32, copy=False)
-        outer = self.tensors.get(name.replace(".weight", ".scale"))
+        outer = self.tensors.get(name.removesuffix(".weight") + ".scale")
         if outer is not None:
             values = values * outer.data.reshape(-1)[index or 0]
         ordered = rows_in_order(values, heads, back=True)
