@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import aqtx
+from aqtx.checkpoint.exports.run import export
 from aqtx.runs.recipe import shipped_recipes
 
 SMALL = {
@@ -18,10 +19,19 @@ SMALL = {
 RUNS = {
     "alphaquant_classic": ({"evaluate__batch_size": 2}, None),
     "int4": ({}, 4.125),
+    "llamacpp_mixed": ({}, None),
     "mixed_alpha": ({}, None),
     "mxfp4_rotated": ({}, 4.25),
     "mxfp8_activations": ({}, 4.25),
+    "vllm_int4": ({}, 4.5),
+    "vllm_mixed": ({}, None),
     "router_only": ({"passes__3__finetune_router__epochs": 1}, 3.125),
+}
+# recipes for another program -> the form that it loads, and its name
+EXPORTS = {
+    "llamacpp_mixed": ("gguf", "llama.cpp"),
+    "vllm_int4": ("compressed-tensors", "vllm"),
+    "vllm_mixed": ("compressed-tensors", "vllm"),
 }
 
 
@@ -44,3 +54,7 @@ def test_a_shipped_recipe_runs_and_reloads(name, tmp_path):
     with torch.no_grad():
         logits = aqtx.load(report.directory).module()(torch.tensor([[5, 6, 7]]))
     assert logits.isfinite().all()
+    if name in EXPORTS:
+        to, client = EXPORTS[name]
+        made = export(report.directory, to, tmp_path / "exported")
+        assert client in made.clients and made.checked is not None and not made.checked.allowed

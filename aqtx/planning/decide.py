@@ -1,7 +1,7 @@
 """From settings to a plan."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,14 @@ from torch import Tensor
 from aqtx.errors import InputError
 from aqtx.formats.table import parse
 from aqtx.numerics.allocate import Allocation, allocate
+from aqtx.planning.groups import group_numbers
 from aqtx.planning.manual import Scheme, read_manual
 from aqtx.planning.options import Division, build_options, divide, limit
 from aqtx.planning.question import Options
 from aqtx.planning.rotate import confirmed, measured
 from aqtx.planning.search import search
 from aqtx.planning.settings import Settings
+from aqtx.planning.target import FREE
 from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
 from aqtx.program.site import Site
@@ -57,6 +59,8 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
         return Decision(rotations.note(plan, rotated), {**details, "rotation": rotations.details(rotated)})
     else:
         found = _allocate(cost, options, settings, budget)
+        if settings.target != FREE:
+            details["target"] = _price(cost, options, settings, budget, found)
     decision = Decision(_plan(program, division, options, settings, (found.choice, cost, found)), details)
     return _rotated(decision, program, options, settings, context, found.choice)
 
@@ -99,6 +103,20 @@ def _allocate(cost: Tensor, options: Options, settings: Settings, budget: float 
         raise InputError(f"method {settings.method} needs average_bits or budget_bytes")
     exact = settings.prove or None
     return allocate(cost, options.counted, budget, exact=exact, groups=options.groups, allowed=options.allowed)
+
+
+def _price(
+    cost: Tensor, options: Options, settings: Settings, budget: float | None, found: Allocation
+) -> dict[str, Any]:
+    """What the target's groups cost: the same costs solved without them, and the bits that both plans use."""
+    free = replace(options, groups=group_numbers([site.name for site in options.sites], settings.groups))
+    unbound = _allocate(cost, free, settings, budget)
+
+    def used(allocation: Allocation) -> float:
+        return float(options.counted.gather(1, allocation.choice[:, None]).sum()) * 8 / options.weights
+
+    told = {"cost": found.cost, "free_cost": unbound.cost, "bits": used(found), "free_bits": used(unbound)}
+    return {"name": settings.target, **told}
 
 
 def _plan(

@@ -30,10 +30,10 @@ def group_problems(groups: Iterable[str]) -> list[str]:
     return problems
 
 
-def group_numbers(names: Sequence[str], groups: Iterable[str]) -> list[int]:
+def group_numbers(names: Sequence[str], groups: Iterable[str], fused: Sequence[str] = ()) -> list[int]:
     """A number per site, equal for sites of one group. Groups that overlap become one.
 
-    A named group may be empty in a model, a pattern must match.
+    A named group may be empty in a model, and so may an expression of `fused`; a pattern must match.
     """
     parent = list(range(len(names)))
 
@@ -43,13 +43,14 @@ def group_numbers(names: Sequence[str], groups: Iterable[str]) -> list[int]:
             i = parent[i]
         return i
 
-    for group in groups:
-        patterns = [re.compile(pattern) for pattern in _NAMED[group]] if group in _NAMED else [matcher(group)]
+    optional = {**_NAMED, **{expression: (expression,) for expression in fused}}
+    for group in [*groups, *fused]:
+        patterns = [re.compile(pattern) for pattern in optional[group]] if group in optional else [matcher(group)]
         for pattern in patterns:
             first: dict[tuple[str | None, ...], int] = {}
             for i, name in enumerate(names):
                 if match := pattern.search(name):
                     parent[root(i)] = root(first.setdefault(match.groups(), i))
-            if group not in _NAMED and not first:
+            if group not in optional and not first:
                 raise InputError(f"groups: {group!r} matches no planned site")
     return [root(i) for i in range(len(names))]

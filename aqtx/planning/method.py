@@ -24,7 +24,7 @@ Cost = Callable[[Sequence[Site], Sequence[Format], Own, int], Tensor]
 Choose = Callable[[Options, Own, float | None], Tensor]
 
 OF_ALL = ("method", "keep")
-OF_DECISIONS = ("candidates", "pins", "min_bits", "max_bits", "activations", "rotate", "rotation_block")
+OF_DECISIONS = ("candidates", "target", "pins", "min_bits", "max_bits", "activations", "rotate", "rotation_block")
 OF_COSTS = ("prove", "groups")
 DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
 

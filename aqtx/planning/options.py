@@ -11,6 +11,7 @@ from aqtx.numerics.allocate import least_size
 from aqtx.planning.groups import group_numbers
 from aqtx.planning.question import Options
 from aqtx.planning.settings import Settings
+from aqtx.planning.target import bits, forbidden, fused_by, half_kept, why_not
 from aqtx.program.accounting import kept_bytes
 from aqtx.program.program import Program
 from aqtx.program.roles import select
@@ -96,9 +97,16 @@ def build_options(program: Program, division: Division, settings: Settings) -> O
         weights = 8.0 * len(sites)
     else:
         share = torch.tensor([_share(program, site, settings) for site in sites], dtype=torch.float64)
-        counted = size * share[:, None]
+        loaded = [[bits(settings.target, fmt, site) * site.numel / 8 for fmt in formats] for site in sites]
+        counted = torch.tensor(loaded, dtype=torch.float64).reshape(size.shape) * share[:, None]
         weights = float((torch.tensor([site.numel for site in sites], dtype=torch.float64) * share).sum())
-    groups = group_numbers([site.name for site in sites], settings.groups)
+    groups = group_numbers([site.name for site in sites], settings.groups, fused_by(settings.target))
+    problems = [
+        *forbidden(settings.target, formats, sites),
+        *half_kept(settings.target, sites, list(unique_sites(program))),
+    ]
+    if problems:
+        raise InputError(*problems)
     allowed = _allowed(division, formats, settings)
     options = Options(sites, formats, settings.num_candidates, size, allowed, groups, counted, weights)
     _check_groups(options)
@@ -128,7 +136,7 @@ def _share(program: Program, site: Site, settings: Settings) -> float:
 
 def _allowed(division: Division, formats: list[Format], settings: Settings) -> Tensor:
     """Which formats each planned site may take: a pin leaves one, limits leave those between them."""
-    bits = [fmt.element.bits for fmt in formats]
+    widths = [fmt.element.bits for fmt in formats]
     index = {fmt.name: i for i, fmt in enumerate(formats)}
     chosen, rows, empty = division.chosen, [], []
     for site in division.planned:
@@ -139,11 +147,16 @@ def _allowed(division: Division, formats: list[Format], settings: Settings) -> T
             continue
         least = settings.min_bits.get(chosen["min_bits"].get(name, ""), 0.0)
         most = settings.max_bits.get(chosen["max_bits"].get(name, ""), 16.0)
-        rows.append([i < settings.num_candidates and least <= bits[i] <= most for i in range(len(formats))])
+        runs = [why_not(settings.target, fmt, site) is None for fmt in formats]
+        rows.append(
+            [i < settings.num_candidates and least <= widths[i] <= most and runs[i] for i in range(len(formats))]
+        )
         if not any(rows[-1]):
             empty.append(name)
     if empty:
-        raise InputError(f"{empty[0]}: min_bits and max_bits leave none of the candidates ({len(empty)} such sites)")
+        raise InputError(
+            f"{empty[0]}: min_bits, max_bits and target leave none of the candidates ({len(empty)} such sites)"
+        )
     return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(formats))
 
 

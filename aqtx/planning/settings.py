@@ -26,6 +26,8 @@ class Settings:
         candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
             `threshold` and `front_back` mxfp4, mxfp8. A list may name sets: `mx` (these three), `int` (INT3, 4, 6 and
             8 in groups of 64), `all` (both and nvfp4).
+        target: what will run the model. `vllm`, `llama.cpp` and `transformers` fuse matrices, which then share one
+            format, and lack some formats; the budget counts the bytes of what they load. `aqtx` allows every plan.
         average_bits: stored bits per planned weight, scales included. Kept sites are outside it.
         budget_bytes: bytes of all stored tensors, kept ones included. Give this or average_bits.
         keep: categories (`attention`, `router`, ...) and patterns of sites that stay as they are. Default:
@@ -62,6 +64,7 @@ class Settings:
 
     method: Annotated[str, OneOf(lambda: METHODS)] = "fisher"
     candidates: tuple[str, ...] | None = None
+    target: Literal["aqtx", "vllm", "llama.cpp", "transformers"] = "aqtx"
     average_bits: float | None = None
     budget_bytes: int | None = None
     keep: tuple[str, ...] | None = None
@@ -230,9 +233,9 @@ class Settings:
             yield f"method {self.method} needs {wanted} candidates, there are {self.num_candidates}."
         elif self.method == "ratio" and self.bf16_ratio > 0 and self.candidates and self.num_candidates == 2:
             yield "bf16_ratio: a top tier needs three candidates."
-        if self.groups and self.row.choose is not None and not self.row.honours_groups:
+        if (self.groups or self.target != "aqtx") and self.row.choose is not None and not self.row.honours_groups:
             able = [name for name, row in sorted(METHODS.items()) if "groups" in row.keys]
-            yield f"method {self.method} cannot honour groups; {', '.join(able)} can."
+            yield f"method {self.method} cannot honour groups, nor those of a target; {', '.join(able)} can."
 
     def _budget_problems(self) -> Iterable[str]:
         row = self.row

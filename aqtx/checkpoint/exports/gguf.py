@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGUFWriter, quant_shape_to_byte_shape
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, quant_shape_to_byte_shape
 from gguf.quants import quantize as as_type
 from torch import Tensor
 
@@ -44,6 +44,13 @@ def form(fmt: Format, num_columns: int) -> str | None:
     """The name of the type that keeps a format."""
     kind = kind_of(fmt, num_columns)
     return None if kind is None else kind.name
+
+
+def bits(fmt: Format, num_columns: int) -> float:
+    """Bits per weight of the type that keeps a format; 0 where none does."""
+    kind = kind_of(fmt, num_columns)
+    size, num_bytes = GGML_QUANT_SIZES[kind] if kind is not None else (1, 0)
+    return num_bytes * 8 / size
 
 
 def check(job: Job) -> list[str]:
@@ -253,4 +260,5 @@ TARGET = Target(
     verify=verify,
     is_file=True,
     check=check,
+    bits=bits,
 )

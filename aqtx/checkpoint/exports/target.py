@@ -139,6 +139,7 @@ class Target:
         write: writes `job.output` and returns what a user should know.
         verify: decodes what was written and compares each value.
         keeps_codes: codes are copied, so a rotation before them cannot be undone.
+        bits: (format, columns) -> bits per weight in what is written, where they are not the format's own.
         suffix: of the default output, behind the checkpoint's name.
     """
 
@@ -150,4 +151,5 @@ class Target:
     verify: Callable[[Job], Checked]
     keeps_codes: bool = True
     is_file: bool = False
+    bits: Callable[[Format, int], float] | None = None
     check: Callable[[Job], list[str]] = lambda job: []

@@ -1,0 +1,63 @@
+"""What the program that a plan is meant for allows: the rows of `checkpoint/exports`, as constraints of a plan."""
+
+from collections.abc import Sequence
+
+from aqtx.checkpoint.exports.clients import CLIENTS
+from aqtx.checkpoint.exports.run import no_form
+from aqtx.checkpoint.exports.table import TARGETS
+from aqtx.checkpoint.exports.target import captured
+from aqtx.formats.table import NVFP4_SCALE, Format
+from aqtx.program.site import Site
+
+FREE = "aqtx"  # this project's own folder, which holds every plan
+
+
+def fused_by(target: str) -> tuple[str, ...]:
+    """Expressions whose equal captures make sites share one format."""
+    return () if target == FREE else CLIENTS[target].alike
+
+
+def why_not(target: str, fmt: Format, site: Site) -> str | None:
+    """Why a site cannot be of a format at the target; "" where it has no form there; None where it can."""
+    if target == FREE or not fmt.is_packed:
+        return None
+    client = CLIENTS[target]
+    if TARGETS[client.target].form(fmt, site.shape[1]) is None:
+        return ""
+    if fmt.scale is NVFP4_SCALE and any(captured(pattern, [site.name]) for pattern in client.shared_scale):
+        return "it fuses such matrices under one outer scale, and each of ours has its own"
+    return client.refuses(fmt, site.name)
+
+
+def bits(target: str, fmt: Format, site: Site) -> float:
+    """Bits per weight in what the target loads, which may be more than the format's own."""
+    own = fmt.bits(site.shape)
+    if target == FREE or not fmt.is_packed:
+        return own
+    counted = TARGETS[CLIENTS[target].target].bits
+    return own if counted is None else counted(fmt, site.shape[1]) or own
+
+
+def forbidden(target: str, formats: Sequence[Format], sites: Sequence[Site]) -> list[str]:
+    """A sentence for each candidate that no site may take, with the nearest format that they may."""
+    problems = []
+    for fmt in formats:
+        reasons = [why_not(target, fmt, site) for site in sites]
+        if not sites or None in reasons:
+            continue
+        first = sites[0]
+
+        def runs(other: Format, first: Site = first) -> bool:
+            return why_not(target, other, first) is None
+
+        names = [site.name for site in sites]
+        problems.append(no_form(f"target {target}", fmt, names, first.shape[1], runs, reasons[0] or ""))
+    return problems
+
+
+def half_kept(target: str, planned: Sequence[Site], all_sites: Sequence[str]) -> list[str]:
+    """Sentences for groups of which some sites are planned and others kept, and for what must not be kept."""
+    if target == FREE:
+        return []
+    chosen = {site.name for site in planned}
+    return CLIENTS[target].unlike({name: "planned" if name in chosen else None for name in all_sites})
