@@ -9,7 +9,10 @@ from gguf import GGUFReader
 
 import aqtx
 from aqtx.checkpoint.exports.run import export
+from aqtx.checkpoint.open import open_program
+from aqtx.cli import main
 from aqtx.errors import InputError
+from aqtx.formats import dequantized
 from aqtx.text.tokens import evaluation, load_tokenizer
 from tests.llama_cpp import DECODERS, Model, decode
 from tests.model_cases import oracle
@@ -126,3 +129,22 @@ def test_what_llama_cpp_would_not_load_is_refused(formats: dict[str, str], says:
     with pytest.raises(InputError, match=says):
         export(folder, "gguf", tmp_path / "model.gguf")
     assert not list(tmp_path.glob("model*"))
+
+
+def test_exports_are_arms_of_an_evaluation(tmp_path: Path) -> None:
+    """Decoded, they are the quantized model: the same values in plain matrices, so the same logits."""
+    formats = {"*.experts.*": "int4_g32"}
+    folder = quantized("tinymoe", tmp_path / "q", formats)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    own = aqtx.load(folder)
+    for to, name in (("gguf", "model.gguf"), ("compressed-tensors", "model")):
+        arm = open_program(export(folder, to, tmp_path / name).path, None)
+        unlike = [
+            key
+            for key in own.weights.names()
+            if not torch.equal(arm.weights.get(key), dequantized(own.weights.get(key)))
+        ]
+        assert unlike == [] and arm.folder is not None and (arm.folder / "tokenizer.json").is_file()
+        with torch.no_grad():
+            assert arm.module()(ids).isfinite().all()
+    assert main(["eval", f"a={folder}", f"b={tmp_path / 'model.gguf'}", "--max-tokens", "300"]) == 0

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from aqtx.checkpoint.checks import read_quantization, verify
+from aqtx.checkpoint.exports.compressed_reader import CompressedReader, is_compressed
+from aqtx.checkpoint.exports.gguf_source import GgufSource
 from aqtx.checkpoint.huggingface.open import foreign_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.reader import CheckpointReader
@@ -64,14 +66,17 @@ def open_program(
 
     `check_files` compares every file with the checksum that was written beside it, where there is one.
     """
+    if Path(source).suffix == ".gguf" and Path(source).is_file():
+        return _open_gguf(Path(source), dtype)
     folder = locate(source)
     config = load_config(folder)
-    formats, edits = read_quantization(config, folder)
+    exported = is_compressed(config)
+    formats, edits = ({}, []) if exported else read_quantization(config, folder)
     if check_files:
         verify(folder)
     if config_only:
         return _without_weights(config, dtype, folder)
-    reader = CheckpointReader(folder)
+    reader = CompressedReader(folder) if exported else CheckpointReader(folder)
     dtype = dtype or reader.dtype()
     weights = CheckpointSource(reader, formats, dtype)
     if supported(config):
@@ -86,6 +91,19 @@ def open_program(
         program = trace_foreign(config, foreign_source(reader, config, dtype, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
     program.edit(*map(edit_from_json, edits))
+    return program
+
+
+def _open_gguf(file: Path, dtype: torch.dtype | None) -> Program:
+    """A Program over the decoded weights of a file that `aqtx export` wrote."""
+    source = GgufSource(file)
+    config = source.config
+    if not supported(config):
+        raise InputError(f"{file}: model_type {config.get('model_type')!r} is none that aqtx builds itself")
+    program = build_program(
+        lambda: build(config), source, config=config, dtype=dtype or source.dtype, folder=source.folder
+    )
+    source.check({name: spec.shape for name, spec in program.weights.specs.items() if name not in program.weights.tied})
     return program
 
 
