@@ -41,7 +41,7 @@ def test_an_nvfp4_tensor_without_an_outer_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "columns", "says"), [("int4", 128, "only MX and NVFP4"), ("mxfp4", 100, "whole blocks")]
+    ("name", "columns", "says"), [("fp8_e4m3", 128, "only INT, MX and NVFP4"), ("mxfp4", 100, "whole blocks")]
 )
 def test_what_torchao_cannot_hold_is_refused(name: str, columns: int, says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -9,7 +9,7 @@ first, which keeps every tensor aligned.
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,11 +30,18 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
-def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
-    """Write (key, tensor) pairs into `model-*.safetensors` and `model.safetensors.index.json`."""
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write (key, tensor) pairs into `model-*.safetensors` and `model.safetensors.index.json`.
+
+    `metadata` goes into the header of the last shard; it may be filled while the tensors come.
+    """
     staged: list[Path] = []
     places: dict[str, int] = {}
     shard, total = _Shard(directory), 0
@@ -45,7 +52,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None
         shard.append(key, tensor.detach())
         places[key] = len(staged)
         total += tensor.nbytes
-    staged.append(shard.finish(directory / f"shard-{len(staged)}"))
+    staged.append(shard.finish(directory / f"shard-{len(staged)}", metadata))
     names = [f"model-{index + 1:05d}-of-{len(staged):05d}.safetensors" for index in range(len(staged))]
     for file, name in zip(staged, names, strict=True):
         file.rename(directory / name)
@@ -83,10 +90,10 @@ class _Shard:
         self._entries.setdefault(size, []).append((key, _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)))
         self.num_bytes += tensor.nbytes
 
-    def finish(self, file: Path) -> Path:
+    def finish(self, file: Path, metadata: Mapping[str, str] | None = None) -> Path:
         """Header and data in one file; the scratch files go."""
         sizes = sorted(self._entries, reverse=True)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         at = 0
         for key, tensor in (entry for size in sizes for entry in self._entries[size]):
             offsets = [at, at + tensor.nbytes]

@@ -6,7 +6,12 @@ from pathlib import Path
 from aqtx.commands import Command
 from aqtx.commands.tables import format_bytes
 
-FORMS = ("dequantized", "compressed-tensors", "gguf")  # of aqtx/checkpoint/exports/table.py, which imports torch
+FORMS = (
+    "dequantized",
+    "compressed-tensors",
+    "gguf",
+    "torchao",
+)  # of aqtx/checkpoint/exports/table.py, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         choices=FORMS,
-        help="compressed-tensors: for vLLM and transformers; gguf: for llama.cpp; dequantized: plain weights",
+        help="compressed-tensors: for vLLM and transformers; gguf: for llama.cpp; torchao: its own tensors; "
+        "dequantized: plain weights",
     )
     parser.add_argument(
         "--output", type=Path, metavar="PATH", help="where to (default: beside DIR, named for the form)"

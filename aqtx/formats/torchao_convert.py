@@ -11,7 +11,7 @@ import torch
 
 from aqtx.errors import InputError
 from aqtx.formats.packing import from_disk_order, pack, to_disk_order
-from aqtx.formats.table import E8M0, NVFP4_SCALE, parse
+from aqtx.formats.table import E8M0, NVFP4_SCALE, Format, parse
 from aqtx.formats.tensor import QuantizedTensor
 from aqtx.formats.torchao_base import import_quietly
 
@@ -25,15 +25,42 @@ _MX_ELEMENTS: dict[str, tuple[Any, torch.dtype]] = {
 }
 
 
+def class_of(fmt: Format, num_columns: int) -> str | None:
+    """The name of torchao's class for a format in rows of so many weights, None where there is none."""
+    if num_columns % fmt.block_size(num_columns):
+        return None
+    if fmt.scale is E8M0:
+        return "MXTensor"
+    if fmt.scale is NVFP4_SCALE:
+        return "NVFP4Tensor"
+    return None if fmt.element.is_float or not fmt.is_packed else "IntxUnpackedToInt8Tensor"
+
+
+def _to_intx(tensor: QuantizedTensor) -> Any:
+    """Integers of any width in whole bytes, as torchao keeps them: values and zero points less 2^(b-1)."""
+    fmt, block = tensor.format, tensor.format.block_size(tensor.num_columns)
+    assert tensor.scale is not None
+    middle = 2 ** (fmt.element.bits - 1)
+    values = (tensor.codes().to(torch.int16) - middle).to(torch.int8)
+    zero = torch.zeros_like(tensor.scale, dtype=torch.int8)
+    if tensor.zero_point is not None:
+        zero = (tensor.zero_point.to(torch.int16) - middle).to(torch.int8)
+    made = import_quietly("torchao.quantization").IntxUnpackedToInt8Tensor
+    kind = getattr(torch, f"int{fmt.element.bits}")
+    return made(values, tensor.scale, zero, kind, (1, block), tensor.orig_dtype, None)
+
+
 def to_torchao(tensor: QuantizedTensor) -> Any:
-    """The `MXTensor` or `NVFP4Tensor` with the same codes and scales. InputError for other formats."""
+    """torchao's tensor with the same codes and scales. InputError where it has no class for the format."""
     fmt = tensor.format
     block = fmt.block_size(tensor.num_columns)
-    if fmt.scale not in (E8M0, NVFP4_SCALE):
-        raise InputError(f"torchao has no tensor class for {fmt.name}: only MX and NVFP4 formats convert")
+    if fmt.element.is_float and fmt.scale not in (E8M0, NVFP4_SCALE):
+        raise InputError(f"torchao has no tensor class for {fmt.name}: only INT, MX and NVFP4 formats convert")
     if tensor.num_columns % block:
         raise InputError(f"torchao takes whole blocks of {block} only, not rows of {tensor.num_columns}")
     assert tensor.scale is not None
+    if not fmt.element.is_float:
+        return _to_intx(tensor)
     codes = tensor.codes()
     if fmt.scale is NVFP4_SCALE:
         assert tensor.per_tensor_scale is not None
