@@ -11,7 +11,7 @@ def run(arguments: argparse.Namespace) -> int:
     from aqtx.runs.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from aqtx.commands.summary import print_needs
+    from aqtx.commands.summary import needs_table
     from aqtx.runs.memory_needs import needs
     from aqtx.runs.opening import program_of
     from aqtx.runs.preflight import preflight, unread
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(*problems)
     steps = " -> ".join(step.name for step in recipe.passes)
     print(f"{arguments.recipe}: all right. {recipe.model.source}: {steps or 'no passes'}")
-    print_needs(needs(recipe, program))
+    print(needs_table(needs(recipe, program)))
     return 0
 
 

@@ -80,10 +80,15 @@ def _totals(data: dict[str, Any]) -> str:
     )
 
 
-def print_needs(needs: "Sequence[Need]") -> None:
+def needs_table(needs: "Sequence[Need]") -> str:
     """What each stage will take at most, before it begins."""
     rows = [
         [need.stage, format_bytes(need.peak), format_bytes(need.disk) if need.disk else "", need.streams]
         for need in needs
     ]
-    print(format_table(["stage", "memory, at most about", "disk", "streams"], rows) + "\n")
+    return format_table(["stage", "memory, at most about", "disk", "streams"], rows)
+
+
+def print_needs(needs: "Sequence[Need]") -> None:
+    """The table, and a line between it and what the run prints at its end."""
+    print(needs_table(needs) + "\n")
