@@ -94,9 +94,14 @@ def _flatten_layers(data: dict[str, Any], names: Sequence[str]) -> dict[str, dic
     problems += _unknown(default, SCHEME_KEYS, "plan.default")
     if not isinstance(overrides, list):
         problems.append("plan.overrides: expected a list")
-    elif wrong := [i for i, override in enumerate(overrides) if not isinstance(override, dict)]:
+    wrong = (
+        [i for i, override in enumerate(overrides) if not isinstance(override, dict)]
+        if isinstance(overrides, list)
+        else []
+    )
+    if wrong:
         problems.append(f"plan.overrides.{wrong[0]}: expected a mapping")
-    if problems:
+    if not isinstance(default, dict) or not isinstance(overrides, list) or wrong:
         raise InputError(*problems)
     merged: dict[str, dict[str, Any]] = {name: dict(default) for name in names}
     for i, override in enumerate(overrides):
