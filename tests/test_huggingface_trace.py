@@ -42,11 +42,18 @@ FOREIGN: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+LATENT = {
+    "deepseek_v2": DEEPSEEK_V3 | {"topk_method": "greedy", "n_shared_experts": 1},
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe_lite": DEEPSEEK_V3 | {"rope_interleave": True, "mlp_layer_types": ["dense", "sparse"], "n_group": 1},
+}
+
+
 def foreign(model_type: str, **settings: Any) -> nn.Module:
     """transformers' model with two layers and random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = DEEPSEEK_V3 if model_type == "deepseek_v3" else FOREIGN.get(model_type, ({}, 0, 0))[0]
+    own = LATENT.get(model_type) or FOREIGN.get(model_type, ({}, 0, 0))[0]
     config = AutoConfig.for_model(model_type, **(SMALL | {"num_hidden_layers": 2} | own | settings))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aqtx.errors import InputError
+from aqtx.program.functional import NotUnderstoodError, functionalize
 from aqtx.program.program import Program
 from aqtx.program.weights import Spec, WeightStore
 
@@ -81,7 +82,12 @@ def export_entry(model: nn.Module, entry: str) -> fx.GraphModule:
     arguments, dynamic = example_inputs(model, entry)
     with torch.no_grad():
         exported = torch.export.export(model, arguments, dynamic_shapes=dynamic, strict=False)
-    return canonical(exported.module(check_guards=False))
+    made = canonical(exported.module(check_guards=False))
+    try:
+        functionalize(made.graph)
+    except NotUnderstoodError:  # torch's own way knows every op, but takes as long as the trace and respells views
+        made = canonical(exported.run_decompositions({}).module(check_guards=False))
+    return canonical(made)
 
 
 def example_inputs(model: nn.Module, entry: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
