@@ -75,4 +75,6 @@ def load_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds no JSON object")
     if problems := nonsense(config):
         raise InputError(*(f"{path}: {problem}" for problem in problems))
+    if config.get("quantization_config", ...) is None:  # written so by some tools: not quantized
+        del config["quantization_config"]
     return config

@@ -182,3 +182,9 @@ def test_unknown_sources_are_one_sentence(
 
 def test_every_case_of_the_suite_is_of_a_supported_type() -> None:
     assert {model_type for model_type, _ in CASES.values()} == MODEL_TYPES.keys() - {"deepseek"}  # has tests of its own
+
+
+def test_a_quantization_config_of_null_is_none(olmoe: Path, tmp_path: Path) -> None:
+    config = json.loads((olmoe / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert load_config(tmp_path) == config
