@@ -197,13 +197,15 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
 @pytest.mark.slow
 def test_the_kernels_under_the_address_sanitizer(tmp_path: Path) -> None:
     """Every kernel test once more, in code that aborts at the first byte read or written outside an allocation."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    library = Path(runtime.stdout.strip())
-    if not library.is_absolute():
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the second one too, or the first cannot let an exception through
+    ]
+    if not all(Path(library).is_absolute() for library in found):
         pytest.skip("no address sanitizer")
     root, here = Path(__file__).parents[1], Path(__file__).parent
     environment = {
-        **os.environ, "PYTHONPATH": str(root), "AQTX_CACHE_DIR": str(tmp_path), "LD_PRELOAD": str(library),
+        **os.environ, "PYTHONPATH": str(root), "AQTX_CACHE_DIR": str(tmp_path), "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0", "PYTHONMALLOC": "malloc",
     }  # fmt: skip
     files = ["test_formats_kernel.py", "test_formats_decoding.py", "test_formats_parts.py", "test_gptq.py"]

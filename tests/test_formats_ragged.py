@@ -102,7 +102,7 @@ def test_mixed_experts_in_the_dense_lowering() -> None:
     torch.testing.assert_close(grad.double(), dense.sum(1).repeat_interleave(2, 0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int4", pytest.param("nvfp4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["int4@amax", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_rounding_itself(name: str) -> None:
     x = normal(NUM_ROWS, 300)
     compiled = torch.compile(lambda x: fake_quantize(x, name))
