@@ -205,9 +205,9 @@ def test_a_recipes_tasks_are_paired_logged_and_not_run_twice(ours, folder, tmp_p
         task_scores, "run_program_tasks", lambda _, settings, __: run_tasks(ours, settings.tasks, include_path=folder)
     )
     log = tmp_path / "samples" / "before.json"
-    first = task_scores.score_tasks(None, spec, log, ours)
+    first = task_scores.score_tasks(None, spec, log, ours, tmp_path / "record.json")
     monkeypatch.setattr(task_scores, "run_program_tasks", None)
-    again = task_scores.score_tasks(None, spec, log, ours)
+    again = task_scores.score_tasks(None, spec, log, ours, tmp_path / "record.json")
     entry = task_scores.tasks_report(first, again, seed=0)["piqa"]
     assert entry["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert (entry["metric"], entry["num_items"]) == ("acc_norm", 6)

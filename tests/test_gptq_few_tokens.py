@@ -12,6 +12,7 @@ from aqtx.numerics.gptq import Options, gptq, solve
 from aqtx.numerics.shrinkage import pooled_prior, pseudo_tokens, shrink
 
 K, N = 512, 256
+FORMAT = "int4@amax"  # the rule of the published figures
 COUNTS = (1, 16, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -24,7 +25,7 @@ class Setting:
         self.root = torch.arange(1, K + 1) ** (-p / 2)
         self.W = torch.randn(N, K, generator=self.generator) * 0.02
         self.held_out = self.moment(8192)
-        self.nearest = self.error(quantize(self.W, "int4").dequantize())
+        self.nearest = self.error(quantize(self.W, FORMAT).dequantize())
 
     def moment(self, num_tokens: int) -> torch.Tensor:
         x = (torch.randn(num_tokens, K, generator=self.generator) * self.root) @ self.turn
@@ -35,14 +36,14 @@ class Setting:
         return float(((D @ self.held_out) * D).sum())
 
     def ratio(self, num_tokens: int) -> float:
-        Q = gptq(self.W, self.moment(num_tokens), "int4", order="activation", num_tokens=num_tokens)
+        Q = gptq(self.W, self.moment(num_tokens), FORMAT, order="activation", num_tokens=num_tokens)
         return self.error(Q.dequantize()) / self.nearest
 
     def ratio_once(self, num_tokens: int, *, shrunk: bool) -> float:
         """Of the algorithm as published: each column once, at the scales of the rule."""
         known = torch.tensor([float(num_tokens)]) if shrunk else None
         options = Options(order="activation", search_scales=False, sweeps=0)
-        found = solve(self.W[None], self.moment(num_tokens)[None], parse("int4"), num_tokens=known, options=options)
+        found = solve(self.W[None], self.moment(num_tokens)[None], parse(FORMAT), num_tokens=known, options=options)
         return self.error(found.tensor[0].dequantize()) / self.nearest
 
 

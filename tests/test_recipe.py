@@ -191,7 +191,7 @@ def test_a_recipe_that_is_no_mapping_or_not_there(tmp_path):
 
 def test_every_shipped_recipe_loads_and_names_its_own_command():
     recipes = shipped_recipes()
-    assert len(recipes) == 8
+    assert len(recipes) == 11
     for name, path in recipes.items():
         load_recipe(name)
         command = "study" if name == "study" else "apply"
