@@ -10,7 +10,7 @@ from aqtx.checkpoint.exports.run import export
 from aqtx.runs.recipe import shipped_recipes
 
 SMALL = {
-    "calibration__num_sequences": 6,
+    "calibration__num_sequences": 10,
     "calibration__sequence_length": 64,
     "evaluate__max_tokens": 600,
     "report": False,
