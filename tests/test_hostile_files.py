@@ -327,6 +327,7 @@ def test_printable_keeps_what_can_be_shown():
 
 STOPPED = """
 import os, signal, sys
+signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # a test run under nohup ignores SIGHUP, and so would this
 from aqtx import cli
 from aqtx.runs.pipeline import Run
 Run._run_pass = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
