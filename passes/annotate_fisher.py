@@ -14,7 +14,7 @@ from aqtx.sensitivity.fisher import KEYS, Detail, measure_fisher
 class AnnotateFisher(ByFormatOnText):
     """Annotate every matrix with the divergence that Fisher information predicts for each format, in nats per token.
 
-    One backward pass per sequence; the whole model is resident.
+    One backward pass per sequence; one block is resident at a time.
 
     site -> site{fisher: {mxfp4: 1.2e-05, ...}}
 

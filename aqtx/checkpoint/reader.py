@@ -20,7 +20,7 @@ from aqtx.checkpoint.locate import inside
 from aqtx.errors import InputError
 from aqtx.formats.decode import PARTS
 from aqtx.formats.table import parse
-from aqtx.machine.files import read_json
+from aqtx.machine.files import file_state, read_json
 from aqtx.program.names import NamesTable, Shape
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ class CheckpointReader:
         self.entries: dict[str, Entry] = {}
         self._states: dict[Path, tuple[int, int, int] | None] = {}  # of the files, when their headers were read
         for file, wanted in _shards(self.folder).items():
-            self._states[file] = _state(inside(self.folder, file))
+            self._states[file] = file_state(inside(self.folder, file))
             header = read_header(file)
             lost = [] if wanted is None else sorted(wanted - header.keys())
             if lost:
@@ -74,7 +74,7 @@ class CheckpointReader:
         if key not in self.entries:
             raise InputError(f"{self.folder}: tensor {key} is missing")
         file = self.entries[key].file
-        if _state(file) != self._states[file]:  # a mapped file that was cut short would end the process
+        if file_state(file) != self._states[file]:  # a mapped file that was cut short would end the process
             raise InputError(f"{file} was changed while it was being read; restore it, or start again")
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
@@ -153,15 +153,6 @@ class CheckpointReader:
                     f"{format_name} of {list(shape)} has {dtype} {list(size)}"
                 )
         return problems
-
-
-def _state(file: Path) -> tuple[int, int, int] | None:
-    """Size, time and inode: what changes when somebody writes to a file or puts another in its place."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:

@@ -114,3 +114,12 @@ def _reason(error: Exception, file: Path, num_bytes: int) -> str | None:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "os error 13" in words or "os error 30" in words:
         return f"the folder {folder} is read-only or not yours"
     return getattr(error, "strerror", None)
+
+
+def file_state(file: Path) -> tuple[int, int, int] | None:
+    """Size, time and inode: what changes when somebody writes to a file or puts another in its place."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aqtx.errors import InputError
-from aqtx.machine.files import sha256
+from aqtx.machine.files import file_state, sha256
 from aqtx.runs.recipe import Recipe
 from aqtx.version import __version__
 
@@ -35,11 +35,11 @@ class SourceWatch:
     """The files of a checkpoint as they were when a run began; whoever replaces one meanwhile is found out."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._states = {} if folder is None else {file: _state(file) for file in _source_files(folder)}
+        self._states = {} if folder is None else {file: file_state(file) for file in _source_files(folder)}
 
     def check(self) -> None:
         """InputError when a file has another size, time or inode than at the start."""
-        changed = [str(file) for file, state in self._states.items() if _state(file) != state]
+        changed = [str(file) for file, state in self._states.items() if file_state(file) != state]
         if changed:
             raise InputError(
                 *(
@@ -48,14 +48,6 @@ class SourceWatch:
                     for file in changed
                 )
             )
-
-
-def _state(file: Path) -> tuple[int, int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _source_files(folder: Path) -> list[Path]:
