@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 import aqtx
-from aqtx.commands.summary import format_interval
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
@@ -34,6 +33,7 @@ from aqtx.passes.gptq import Gptq
 from aqtx.passes.quantize import Quantize
 from aqtx.program.program import Program
 from aqtx.registry import Context, Pass
+from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
 from aqtx.text import self_sampling
 from aqtx.text.tokens import CalibrationSpec, Tokenizer, calibration, evaluation, load_tokenizer
@@ -142,7 +142,7 @@ def loss_table(sizes: list[str], arms: Found) -> str:
             mean = averaged(own)
             cells = [size, str(row), f"{mean.perplexity:.3f}", f"{mean.mean - scores['bf16'].mean:+.4f}", "", ""]
             if row is not ROWS[size][0]:
-                cells[4] = format_interval(paired_change(averaged(first), mean).to_json(), "+.4f")
+                cells[4] = interval(paired_change(averaged(first), mean).to_json(), 4, signed=True)
                 cells[5] = ", ".join(f"{one.mean - base.mean:+.4f}" for base, one in zip(first, own, strict=True))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

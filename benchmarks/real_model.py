@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from aqtx.evaluate.arms import EvalResults, EvalSettings, evaluate_arms
+from aqtx.evaluate.arms import EvalResults, evaluate_arms
 from aqtx.evaluate.perplexity import DocumentScores
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.registry import Context
 from aqtx.runs.arms import open_arms
@@ -51,11 +52,11 @@ def quantized(source: Path, folder: Path, passes: list[Any]) -> dict[str, Any]:
     return found
 
 
-def measure(source: Path, folder: Path, passes: list[Any] | None, settings: EvalSettings) -> dict[str, Any]:
+def measure(source: Path, folder: Path, passes: list[Any] | None, spec: EvaluateSpec) -> dict[str, Any]:
     """Size and scores of one arm; without passes it is the model as it is."""
     told = {} if passes is None else quantized(source, folder, passes)
     arms = open_arms([f"arm={source if passes is None else folder}"])
-    results = evaluate_arms(arms, settings, progress=Context().progress)
+    results = evaluate_arms(arms, spec, progress=Context().progress)
     return {
         "bits": told.get("average_bits"),
         "bytes": told.get("bytes"),
@@ -64,9 +65,9 @@ def measure(source: Path, folder: Path, passes: list[Any] | None, settings: Eval
     }
 
 
-def table(found: dict[str, dict[str, Any]], settings: EvalSettings) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
     """All arms that are there, paired with the first, as Markdown."""
-    results = EvalResults(settings)
+    results = EvalResults()
     for name, arm in found.items():
         results.perplexity[name] = DocumentScores.from_json(arm["scores"])
         results.tasks[name] = {
@@ -79,14 +80,15 @@ def main() -> None:
     """Quantize, evaluate, print bits, sizes and scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("task_files", type=Path)
+    parser.add_argument("task_files")
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", default="arc_easy,hellaswag")
     parser.add_argument("--limit", type=int, default=200, help="items of each task (default: 200)")
     parser.add_argument("--max-tokens", type=int, default=100_000, help="of evaluation text (default: 100,000)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = EvalSettings(
+    spec = EvaluateSpec(
+        perplexity="builtin",
         tasks=tuple(arguments.tasks.split(",")),
         include_path=arguments.task_files,
         limit=arguments.limit,
@@ -94,7 +96,7 @@ def main() -> None:
         window=512,
     )
     arms = {
-        name: partial(measure, arguments.source, arguments.output / name, passes, settings)
+        name: partial(measure, arguments.source, arguments.output / name, passes, spec)
         for name, passes in PLANS.items()
     }
     folder = arguments.output / f"scores-{arguments.max_tokens}-{arguments.limit}-{arguments.tasks.replace(',', '-')}"
@@ -103,7 +105,7 @@ def main() -> None:
         if arm["bytes"] is not None:
             before, after = (arm["bytes"][key] / 1e6 for key in ("before", "after"))
             print(f"{name:<12}{arm['bits']:.4f} bits a quantized weight, {before:.1f} MB -> {after:.1f} MB, head kept")
-    print(table(found, settings))
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 
 import aqtx
-from aqtx.commands.summary import format_interval
-from aqtx.evaluate.arms import EvalSettings, evaluate_arms
+from aqtx.evaluate.arms import evaluate_arms
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.registry import Context
+from aqtx.report.numbers import interval
 from aqtx.runs.arms import open_arms
 
 UNIFORM = [{"assign_plan": {"method": "uniform", "candidates": ["mxfp8"]}}, "gptq", "emit"]
@@ -41,14 +42,14 @@ def main() -> None:
     """Apply, evaluate, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/results"))
-    parser.add_argument("--tasks-folder", type=Path)
+    parser.add_argument("--tasks-folder")
     parser.add_argument("--limit", type=int, help="items of HellaSwag (default: all)")
     arguments = parser.parse_args()
     sizes = apply_arms(arguments.work)
     tasks = () if arguments.tasks_folder is None else ("hellaswag",)
-    settings = EvalSettings(tasks=tasks, include_path=arguments.tasks_folder, limit=arguments.limit)
+    spec = EvaluateSpec(perplexity="builtin", tasks=tasks, include_path=arguments.tasks_folder, limit=arguments.limit)
     sources = ["bf16=tinymoe", *(f"arm-{index}={arguments.work}/arm-{index}" for index in range(len(ARMS)))]
-    results = evaluate_arms(open_arms(sources), settings, progress=Context().progress)
+    results = evaluate_arms(open_arms(sources), spec, progress=Context().progress)
     results.write(arguments.work / "eval")
     print_table(sizes, results.to_json())
 
@@ -69,9 +70,9 @@ def print_table(sizes: dict[str, dict[str, float]], data: dict[str, dict[str, di
     for (label, size), name in zip({"BF16": nothing, **sizes}.items(), data["perplexity"], strict=True):
         text = data["perplexity"][name]
         cells = [label, f"{size['planned']:.2f}", f"{size['model']:.2f}", f"{size['share']:.1f} %"]
-        cells += [format_interval(text["value"]), format_interval(text["change"], "+.4f") if text["change"] else ""]
+        cells += [interval(text["value"]), interval(text["change"], 4, signed=True) if text["change"] else ""]
         task = next(iter(data["tasks"].values()), None)
-        cells.append("" if task is None else format_interval(task["arms"][name]["value"], ".4f"))
+        cells.append("" if task is None else interval(task["arms"][name]["value"], 4))
         print(f"| {' | '.join(cells)} |")
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import aqtx
-from aqtx.commands.summary import format_interval
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.statistics import paired_change
 from aqtx.passes.assign_plan import AssignPlan
@@ -25,6 +24,7 @@ from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.quantize import Quantize
 from aqtx.passes.unfreeze_router import UnfreezeRouter
 from aqtx.registry import Context
+from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
 from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
 
@@ -65,7 +65,7 @@ def print_table(found: dict[str, Any]) -> None:
             sum(row[f"shift_{when}"] for row in arm["layers"]) / len(arm["layers"]) for when in ("before", "after")
         ]
         cells = [fmt, *(f"{scores[stage].perplexity:.3f}" for stage in ("bf16", "rounded"))]
-        cells += [format_interval(interval.to_json(), "+.4f") for interval in (cost, change)]
+        cells += [interval(one.to_json(), 4, signed=True) for one in (cost, change)]
         cells += [f"{-change.value / cost.value:.0%}", " to ".join(f"{share:.1%}" for share in shift)]
         print(f"| {' | '.join(cells)} |")
 

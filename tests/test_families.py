@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import CASES, oracle, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from aqtx.passes.quantize import Quantize
 from aqtx.program.generate import Generator
 from aqtx.registry import Pass
 from aqtx.runs.pipeline import run
+from tests.model_cases import CASES, oracle, token_ids
 
 # One case a family, with what sets it apart.
 FAMILIES = (

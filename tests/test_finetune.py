@@ -19,7 +19,7 @@ from aqtx.passes.unfreeze_router import UnfreezeRouter
 from aqtx.program.edits import QuantizeActivation
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context
-from tests.test_huggingface_trace import foreign
+from tests.foreign_models import foreign
 from tests.tiny import OLMOE, random_model
 
 QUICK = {"epochs": 3, "batch_size": 2, "learning_rate": 3e-4, "checks": 3}

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from aqtx.formats import activation, kernel, one_row, quantize
 from aqtx.formats.grouped_linear import grouped_linear
-from tests.formats.cases import normal
-from tests.test_formats_tensor import mixed
+from tests.formats.cases import mixed, normal
 
 NAMES = ["mxfp4", "nvfp4", "int3_asym", "mxfp6", "int8_row", "bf16"]
 

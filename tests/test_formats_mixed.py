@@ -8,8 +8,7 @@ from aqtx.errors import InputError
 from aqtx.formats import MixedExperts, quantize
 from aqtx.formats.grouped_linear import grouped_linear
 from aqtx.formats.grouped_linear_packed import lowering
-from tests.formats.cases import EVERY, normal
-from tests.test_formats_tensor import MIX, mixed
+from tests.formats.cases import EVERY, MIX, mixed, normal
 
 OFFSETS = [2, 2, 3, 9, 9, 12]  # experts without rows, with one, with many
 

@@ -10,22 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from aqtx.formats import MixedExperts, QuantizedTensor, quantize
-from tests.formats.cases import normal
+from aqtx.formats import QuantizedTensor, quantize
+from tests.formats.cases import mixed, normal, weight_of
 
 NAMES = ["mxfp4", "mxfp6", "mxfp8@rceil", "nvfp4", "int3_asym", "int4_g32", "int8_row", "fp8", "bf16"]
-MIX = ["mxfp4", "nvfp4", "bf16", "int4_asym", "mxfp4"]
-
-
-def weight_of(name: str, *shape: int) -> QuantizedTensor:
-    return quantize(normal(*shape, dtype=torch.bfloat16), name)
-
-
-def mixed(num_rows: int = 64, num_columns: int = 128) -> MixedExperts:
-    """Quantized experts of three formats and a plain one, out of order."""
-    weights = normal(len(MIX), num_rows, num_columns, dtype=torch.bfloat16).unbind(0)
-    experts = [quantize(weight, name) for weight, name in zip(weights, MIX, strict=True)]
-    return MixedExperts.from_experts([*experts, normal(num_rows, num_columns, dtype=torch.bfloat16)], torch.bfloat16)
 
 
 class Holder(nn.Module):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
-from aqtx.formats import quantize
+from aqtx.formats import from_torchao, quantize, register_safetensors, to_torchao
 from aqtx.formats.torchao_base import import_quietly
-from aqtx.formats.torchao_convert import from_torchao, register_safetensors, to_torchao
 from tests.formats.cases import MX, normal
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CASES, oracle, token_ids
 
 import aqtx
 from aqtx.program.generate import Generator
+from tests.model_cases import CASES, oracle, token_ids
 
 LENGTHS, NEW = (7, 3, 11), 9
 FAST = ("olmoe", "mistral-window")

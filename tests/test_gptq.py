@@ -164,16 +164,21 @@ def test_agrees_with_the_textbook() -> None:
 
 
 def test_two_columns_by_brute_force() -> None:
-    """Of all codes for two columns GPTQ finds the best second one given its first."""
-    H, W = torch.tensor([[2.0, 1.5], [1.5, 2.0]]), torch.tensor([[0.7, 0.31], [-0.2, 0.66], [0.7, -0.05]])
+    """Of all codes for two columns GPTQ finds the best second one given its first, which is rounded to nearest.
+
+    A third column, apart from both in H, sets the scale: else one of the two would be the largest and have no error.
+    """
+    H, W = torch.block_diag(torch.tensor([[2.0, 1.5], [1.5, 2.0]]), torch.ones(1, 1)), weights(64, 3)
+    W[:, 2] = 3 * W.abs().amax(1)
     scale = quantize(W, "int4").scale.float()
     Q = solve(W[None], H[None], parse("int4"), options=replace(PLAIN, damp_fraction=0.0)).tensor[0].dequantize()
-    grid = torch.arange(-8, 8.0)
-    for w, q, step in zip(W, Q, scale, strict=True):
-        candidates = torch.stack([q[0].expand(16), grid * step], dim=1)
-        errors = exact_errors(w.expand(16, 2), candidates, H)
-        nearest = (w / step).round() * step
-        assert torch.allclose(candidates[errors.argmin()], q) or torch.allclose(nearest, q)
+    nearest = (W / scale).round().clamp(-8, 7) * scale
+    for w, q, near, step in zip(W, Q, nearest, scale, strict=True):
+        candidates = near.repeat(16, 1)
+        candidates[:, 1] = torch.arange(-8, 8.0) * step
+        errors = exact_errors(w.expand(16, 3), candidates, H)
+        assert torch.allclose(candidates[errors.argmin()], q)
+    assert (nearest != Q).any(1).sum() > 5, "plain rounding would pass"
 
 
 def test_block_size_and_batch_do_not_matter() -> None:

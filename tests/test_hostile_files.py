@@ -329,8 +329,8 @@ STOPPED = """
 import os, signal, sys
 signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # a test run under nohup ignores SIGHUP, and so would this
 from aqtx import cli
-from aqtx.runs.pipeline import Run
-Run._run_pass = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+from aqtx.passes.annotate_alpha import AnnotateAlpha
+AnnotateAlpha.run = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 sys.exit(cli.main(["apply", "quickstart", "output=" + sys.argv[2], "evaluate.max_tokens=300"]))
 """
 

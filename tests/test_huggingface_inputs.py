@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import token_ids
 from test_huggingface_trace import foreign
 from torch import nn
 
@@ -17,6 +16,7 @@ from aqtx.checkpoint.huggingface.skeleton import canonical_tensors
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 from aqtx.program.weights import ModuleSource
+from tests.model_cases import token_ids
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_moe", "gpt_neox", "gemma3_text", "phi")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import oracle, token_ids
 from test_huggingface_trace import foreign
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from aqtx.formats import quantize
 from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
 from aqtx.program.edits import Hadamard, QuantizeActivation
+from tests.model_cases import oracle, token_ids
 
 FORMATS = ("mxfp4", "int4_g32_asym", "mxfp6", "nvfp4")
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import CASES, SMALL, oracle, ours, token_ids
 
 from aqtx.errors import InputError
 from aqtx.models import build
+from tests.model_cases import CASES, SMALL, oracle, ours, token_ids
 
 # Of the largest fp32 logit, which is 1 to 4: both sides sum at most a few hundred products in another order.
 TOLERANCE = 2e-6

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_cases import randomize, token_ids
 from numpy.typing import NDArray
 
 from aqtx.models.deepseek import Deepseek
 from aqtx.program.names import NamesTable
+from tests.model_cases import randomize, token_ids
 
 Array = NDArray[np.float64]
 CONFIG: dict[str, Any] = {

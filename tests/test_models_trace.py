@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CASES, SMALL, randomize, token_ids
 from test_models_deepseek import CONFIG as DEEPSEEK
 from torch import fx, nn
 
 from aqtx.models import build
 from aqtx.program.trace import export_entry
+from tests.model_cases import CASES, SMALL, randomize, token_ids
 
 TRACED = (
     "olmoe",

@@ -15,7 +15,7 @@ from aqtx.runs.recipe import parse_recipe
 from aqtx.text import own_text
 from aqtx.text.sources import read_passages
 from aqtx.text.tokens import CalibrationSpec, load_tokenizer, prompt_ids
-from tests.test_huggingface_trace import foreign
+from tests.foreign_models import foreign
 from tests.tiny import random_model
 
 VOCABULARY = 192

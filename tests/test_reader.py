@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import CASES, oracle, ours, token_ids
 from safetensors.torch import load_file, save_file
 
 from aqtx.checkpoint.locate import locate
@@ -13,6 +12,7 @@ from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.errors import InputError
 from aqtx.models import MODEL_TYPES, build, load_config
 from aqtx.program.names import NamesTable, stacked_name
+from tests.model_cases import CASES, oracle, ours, token_ids
 
 FAMILIES = ("olmoe", "mixtral", "qwen2-moe", "llama-tied", "qwen3")
 

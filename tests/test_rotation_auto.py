@@ -21,7 +21,7 @@ from aqtx.runs.recipe import build
 from aqtx.sensitivity.rotation import annotation, measure_rotations
 from aqtx.sensitivity.rounded_run import Rounding, sequence_losses
 from benchmarks.outliers import plant
-from tests.test_rotation import tiny
+from tests.rotation_cases import tiny
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
 IDS = torch.randint(0, 96, (8, 64), generator=torch.Generator().manual_seed(0))

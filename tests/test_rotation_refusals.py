@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import aqtx
 from aqtx.errors import InputError
 from aqtx.program.program import Program
-from tests.test_rotation import FUSED, rotated, rotations, tiny
+from tests.rotation_cases import FUSED, rotated, rotations, tiny
 
 
 class PostNorm(nn.Module):

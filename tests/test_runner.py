@@ -7,8 +7,8 @@ import torch
 
 import aqtx
 from aqtx.errors import InputError
+from aqtx.registry import PASSES
 from aqtx.runs.directory import CHECKSUMS
-from aqtx.runs.pipeline import Run
 
 RECIPE = {
     "version": 1,
@@ -62,39 +62,31 @@ def test_report_has_the_promised_keys(first):
     assert all({"name", "seconds", "changed", "refused", "max_difference"} <= row.keys() for row in data["passes"])
 
 
-def test_a_run_broken_after_any_pass_resumes_to_the_same_bytes(first, tmp_path, monkeypatch):
-    output = tmp_path / "run"
-    run_pass = Run._run_pass
-    for place in range(1, len(RECIPE["passes"])):
+def run_until(name: str, output, *, resume: bool = False) -> None:
+    """The recipe up to a pass, which is interrupted as it begins."""
 
-        def stop_at(run, step, at, place=place):
-            if at == place:
-                raise KeyboardInterrupt
-            return run_pass(run, step, at)
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
 
-        monkeypatch.setattr(Run, "_run_pass", stop_at)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PASSES[name], "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            aqtx.apply(RECIPE, output=str(output), resume=place > 1)
+            aqtx.apply(RECIPE, output=str(output), resume=resume)
+
+
+def test_a_run_broken_after_any_pass_resumes_to_the_same_bytes(first, tmp_path):
+    output = tmp_path / "run"
+    for name in ("assign_plan", "gptq", "emit"):
+        run_until(name, output, resume=name != "assign_plan")
         assert not output.exists()
-    monkeypatch.setattr(Run, "_run_pass", run_pass)
     resumed = aqtx.apply(RECIPE, output=str(output), resume=True)
     assert sums(resumed.directory) == sums(first.directory)
     assert [row["name"] for row in resumed.data["passes"]] == ["annotate_alpha", "assign_plan", "gptq", "emit"]
 
 
-def test_damaged_resume_data_is_named(tmp_path, monkeypatch):
+def test_damaged_resume_data_is_named(tmp_path):
     output = tmp_path / "run"
-
-    def stop(run, step, at):
-        raise KeyboardInterrupt
-
-    run_pass = Run._run_pass
-    monkeypatch.setattr(
-        Run, "_run_pass", lambda run, step, at: run_pass(run, step, at) if at < 3 else stop(run, step, at)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        aqtx.apply(RECIPE, output=str(output))
-    monkeypatch.setattr(Run, "_run_pass", run_pass)
+    run_until("emit", output)
     damaged = next((tmp_path / "run.partial" / "work" / "codes").glob("*experts.3.up_proj*"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
     with pytest.raises(InputError, match=rf"{damaged.name}: resume data is missing or damaged"):
@@ -106,11 +98,9 @@ def test_resume_of_a_complete_run_returns_it(first):
     assert again.data == first.data
 
 
-def test_resume_with_another_recipe_names_the_difference(tmp_path, monkeypatch):
+def test_resume_with_another_recipe_names_the_difference(tmp_path):
     output = tmp_path / "run"
-    monkeypatch.setattr(Run, "_run_pass", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        aqtx.apply(RECIPE, output=str(output))
+    run_until("annotate_alpha", output)
     with pytest.raises(InputError, match=r"average_bits was 4\.5 and is now 5"):
         aqtx.apply(RECIPE, output=str(output), resume=True, passes__1__assign_plan__average_bits=5)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aqtx.commands import Command
-from aqtx.commands.summary import format_interval
 from aqtx.commands.tables import format_table
+from aqtx.report.numbers import interval
 
 if TYPE_CHECKING:
     from aqtx.evaluate.arms import EvalResults
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="N", help="tokens that the model is given at a time")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
     parser.add_argument("--tasks", default="", metavar="a,b", help="lm-eval tasks")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task definitions")
+    parser.add_argument("--include-path", metavar="DIR", help="folder of further task definitions")
     parser.add_argument(
         "--allow-task-code", action="store_true", help="run the Python that files under --include-path name"
     )
@@ -45,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, and write the logs where asked."""
-    from aqtx.evaluate.arms import EvalSettings, evaluate_arms
+    from aqtx.evaluate.arms import evaluate_arms
+    from aqtx.evaluate.spec import EvaluateSpec
     from aqtx.machine.devices import device_of
     from aqtx.machine.files import make_folder
     from aqtx.registry import Context
     from aqtx.runs.arms import open_arms
 
-    settings = EvalSettings(
+    spec = EvaluateSpec(
         perplexity=None if arguments.perplexity == "none" else arguments.perplexity,
         max_tokens=arguments.max_tokens,
         window=arguments.window,
@@ -61,13 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
         allow_task_code=arguments.allow_task_code,
         limit=arguments.limit,
         num_fewshot=arguments.num_fewshot,
-        seed=arguments.seed,
     )
     device = device_of(arguments.device)
     arms = {name: program.to(device) for name, program in open_arms(arguments.models, arguments.plan).items()}
     if arguments.to is not None:
         make_folder(arguments.to)  # what cannot be written is known before anything is measured
-    results = evaluate_arms(arms, settings, progress=Context().progress)
+    results = evaluate_arms(arms, spec, seed=arguments.seed, progress=Context().progress)
     print(result_table(results))
     if arguments.to is not None:
         results.write(arguments.to)
@@ -80,13 +80,13 @@ def result_table(results: "EvalResults") -> str:
     data = results.to_json()
     rows = []
     for name, entry in data["perplexity"].items():
-        change = f"{format_interval(entry['change'], '+.4f')} nats per token" if entry["change"] else ""
-        rows.append(["perplexity", name, format_interval(entry["value"]), change])
+        change = f"{interval(entry['change'], 4, signed=True)} nats per token" if entry["change"] else ""
+        rows.append(["perplexity", name, interval(entry["value"]), change])
     for task, entry in data["tasks"].items():
         for name, arm in entry["arms"].items():
-            difference = format_interval(arm["difference"], "+.4f") if arm["difference"] else ""
+            difference = interval(arm["difference"], 4, signed=True) if arm["difference"] else ""
             label = f"{task} {entry['metric']} ({entry['num_items']} items)"
-            rows.append([label, name, format_interval(arm["value"], ".4f"), difference])
+            rows.append([label, name, interval(arm["value"], 4), difference])
     return format_table(["measure", "model", "value [95 %]", "difference to the first [95 %]"], rows)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aqtx.commands.tables import format_bytes, format_seconds, format_table
+from aqtx.report.numbers import interval
 
 if TYPE_CHECKING:
     from aqtx.runs.memory_needs import Need
@@ -37,16 +38,8 @@ def _outcome_rows(data: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _perplexity_row(name: str, entry: dict[str, Any]) -> list[str]:
-    change = f"{format_interval(entry['change'], '+.4f')} nats per token"
-    return [name, format_interval(entry["before"]), format_interval(entry["after"]), change]
-
-
-def format_interval(interval: dict[str, float | None], digits: str = ".3f") -> str:
-    """`12.3 [12.1, 12.5]`, the value with its 95 % interval."""
-    value, low, high = interval["value"], interval["low"], interval["high"]
-    if low is None or high is None:
-        return f"{value:{digits}}"
-    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
+    change = f"{interval(entry['change'], 4, signed=True)} nats per token"
+    return [name, interval(entry["before"]), interval(entry["after"]), change]
 
 
 def _pass_row(row: dict[str, Any]) -> list[str]:

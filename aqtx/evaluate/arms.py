@@ -9,6 +9,7 @@ from typing import Any
 from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity, window_of
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.evaluate.tasks import answer_gaps, compare_tasks, run_tasks
 from aqtx.machine.memory import room_for_work
@@ -18,44 +19,21 @@ from aqtx.report.numbers import interval
 from aqtx.text.tokens import evaluation, load_tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSettings:
-    """What to measure; the defaults score the shipped text."""
-
-    perplexity: str | None = "builtin"
-    max_tokens: int | None = None
-    window: int | None = None
-    batch_size: int = 8
-    tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    allow_task_code: bool = False  # whether files under `include_path` may name Python to run
-    limit: int | None = None
-    num_fewshot: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse counts below one."""
-        counts = {name: getattr(self, name) for name in ("max_tokens", "window", "batch_size", "limit")}
-        low = [f"{name} must be at least 1, got {n}" for name, n in counts.items() if n is not None and n < 1]
-        if low:
-            raise InputError(*low)
-
-
 @dataclass
 class EvalResults:
     """Scores of every arm, in the order given; the first is what the others are compared with."""
 
-    settings: EvalSettings
+    seed: int = 0  # of the intervals
     perplexity: dict[str, DocumentScores] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # arm -> task -> TaskScores
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-item logs."""
         text = {name: self._text(name) for name in self.perplexity}
-        return {"perplexity": text, "tasks": compare_tasks(self.tasks, seed=self.settings.seed) if self.tasks else {}}
+        return {"perplexity": text, "tasks": compare_tasks(self.tasks, seed=self.seed) if self.tasks else {}}
 
     def _text(self, name: str) -> dict[str, Any]:
-        seed, scores = self.settings.seed, self.perplexity[name]
+        seed, scores = self.seed, self.perplexity[name]
         reference = next(iter(self.perplexity.values()))
         domains = {
             domain: perplexity_interval(scores.of(domain), seed=seed) for domain in dict.fromkeys(scores.domains)
@@ -106,36 +84,38 @@ class EvalResults:
 
 def evaluate_arms(
     arms: Mapping[str, Program],
-    settings: EvalSettings,
+    spec: EvaluateSpec,
     *,
+    seed: int = 0,
     progress: Progress | None = None,
     max_memory: int | None = None,
 ) -> EvalResults:
     """Measure every arm. All must share one tokenizer's ids, or their perplexities would not pair.
 
-    An arm that does not fit into memory, or into `max_memory` bytes, runs one block at a time.
+    `seed` is of the intervals. An arm that does not fit into memory, or into `max_memory` bytes, runs one block at a
+    time.
     """
-    results = EvalResults(settings)
+    results = EvalResults(seed)
     for name, program in arms.items():
         if program.folder is None:
             raise InputError(f"{name} has no folder with a tokenizer, so no text can be scored")
         scorer = BlockScorer(program, room_for_work(program.device, max_memory))
-        if settings.perplexity is not None:
-            source, tokenizer = settings.perplexity, load_tokenizer(program.folder)
-            documents = evaluation(source, tokenizer, max_tokens=settings.max_tokens)
+        if spec.perplexity is not None:
+            source, tokenizer = spec.perplexity, load_tokenizer(program.folder)
+            documents = evaluation(source, tokenizer, max_tokens=spec.max_tokens)
             results.perplexity[name] = evaluate_perplexity(
                 scorer,
                 documents,
-                window=window_of(program.config, settings.window),
-                batch_size=settings.batch_size,
+                window=window_of(program.config, spec.window),
+                batch_size=spec.batch_size,
                 progress=progress,
             )
-        if settings.tasks:
-            results.tasks[name] = run_program_tasks(program, settings, scorer)
+        if spec.tasks:
+            results.tasks[name] = run_program_tasks(program, spec, scorer)
     return results
 
 
-def run_program_tasks(program: Program, settings: EvalSettings, scorer: BlockScorer) -> dict[str, Any]:
+def run_program_tasks(program: Program, spec: EvaluateSpec, scorer: BlockScorer) -> dict[str, Any]:
     """Scores by task of one program, which needs a folder with a tokenizer.
 
     Raises:
@@ -148,17 +128,17 @@ def run_program_tasks(program: Program, settings: EvalSettings, scorer: BlockSco
     model = ProgramLM(
         scorer,
         load_tokenizer(program.folder),
-        max_length=window_of(program.config, settings.window),
+        max_length=window_of(program.config, spec.window),
         generator=lambda: _generator(program, scorer),
-        batch_size=settings.batch_size,
+        batch_size=spec.batch_size,
     )
     return run_tasks(
         model,
-        settings.tasks,
-        include_path=settings.include_path,
-        limit=settings.limit,
-        num_fewshot=settings.num_fewshot,
-        allow_code=settings.allow_task_code,
+        spec.tasks,
+        include_path=Path(spec.include_path) if spec.include_path else None,
+        limit=spec.limit,
+        num_fewshot=spec.num_fewshot,
+        allow_code=spec.allow_task_code,
     )
 
 

@@ -12,15 +12,31 @@ if TYPE_CHECKING:
     from aqtx.formats.codec import fake_quantize, quantize
     from aqtx.formats.mixed import MixedExperts
     from aqtx.formats.tensor import QuantizedTensor, dequantized
+    from aqtx.formats.torchao_convert import from_torchao, register_safetensors, to_torchao
 
-__all__ = ["Format", "MixedExperts", "QuantizedTensor", "dequantized", "fake_quantize", "names", "parse", "quantize"]
+__all__ = [
+    "Format",
+    "MixedExperts",
+    "QuantizedTensor",
+    "dequantized",
+    "fake_quantize",
+    "from_torchao",
+    "names",
+    "parse",
+    "quantize",
+    "register_safetensors",
+    "to_torchao",
+]
 
 _HOMES = {
     "MixedExperts": "aqtx.formats.mixed",
     "QuantizedTensor": "aqtx.formats.tensor",
     "dequantized": "aqtx.formats.tensor",
     "fake_quantize": "aqtx.formats.codec",
+    "from_torchao": "aqtx.formats.torchao_convert",
     "quantize": "aqtx.formats.codec",
+    "register_safetensors": "aqtx.formats.torchao_convert",
+    "to_torchao": "aqtx.formats.torchao_convert",
 }
 
 

@@ -16,7 +16,6 @@ from aqtx.formats.table import Element
 
 MANTISSA_BITS = 23  # of float32
 EXPONENT_MASK = 0x7F800000
-MAGNITUDE_MASK = 0x7FFFFFFF
 BIAS = 127
 
 

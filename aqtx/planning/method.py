@@ -85,11 +85,6 @@ class Method:
         found += OF_COSTS if self.cost is not None else ["groups"] if self.honours_groups else []
         return frozenset(found)
 
-    @property
-    def is_apart(self) -> bool:
-        """Whether neither a cost nor a rule says it all."""
-        return self.cost is None and self.choose is None
-
 
 METHODS: dict[str, Method] = {}
 

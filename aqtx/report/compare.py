@@ -11,8 +11,8 @@ from aqtx.errors import InputError
 from aqtx.machine.files import make_folder
 from aqtx.report import html
 from aqtx.report.canvas import PALETTE, panels, save_figure
-from aqtx.report.data import RunData, is_number, read_run
-from aqtx.report.numbers import decimal, duration, interval, megabytes
+from aqtx.report.data import RunData, read_run
+from aqtx.report.numbers import decimal, duration, interval, is_number, megabytes
 from aqtx.report.parts import PARTS, build_part
 
 PAGE = "compare.html"

@@ -5,7 +5,6 @@ Everything is optional. What is missing is `Absent`, a sentence that its section
 
 import csv
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 
 from aqtx.errors import InputError, printable
 from aqtx.program.roles import category_of, layer_of
+from aqtx.report.numbers import is_number
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -89,11 +89,6 @@ class RunData:
             if is_number(value):
                 grid[place] = float(value)  # type: ignore[arg-type]
         return grid
-
-
-def is_number(value: object) -> bool:
-    """A finite number, and not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_run(directory: Path) -> RunData:

@@ -5,7 +5,8 @@ from matplotlib.figure import Figure
 from scipy.cluster.vq import kmeans2
 
 from aqtx.report.canvas import PALETTE, legend_below, panels
-from aqtx.report.data import Absent, RunData, is_number
+from aqtx.report.data import Absent, RunData
+from aqtx.report.numbers import is_number
 
 FEATURES = ("alpha", "error", "tokens")
 _CLUSTERS = 4

@@ -4,8 +4,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aqtx.report.canvas import PALETTE, colour_of, legend_below, panels
-from aqtx.report.data import Absent, RunData, is_number
+from aqtx.report.data import Absent, RunData
 from aqtx.report.fits import all_fits
+from aqtx.report.numbers import is_number
 
 _LINES = {"linear": "-", "quadratic": "--", "LOESS": ":"}
 

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aqtx.report.canvas import PALETTE, legend_below, panels
-from aqtx.report.data import Absent, RunData, is_number
+from aqtx.report.data import Absent, RunData
 from aqtx.report.figures_maps import draw_grids
+from aqtx.report.numbers import is_number
 
 _MARKERS = ("o", "s", "^")
 

@@ -1,11 +1,15 @@
 """Numbers as people read them. A missing one is a dash."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from aqtx.report.data import is_number
-
 DASH = "–"
+
+
+def is_number(value: object) -> bool:
+    """A finite number, and not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def megabytes(count: object) -> str:

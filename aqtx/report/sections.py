@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from aqtx.report import html
-from aqtx.report.data import Absent, RunData, is_number
-from aqtx.report.numbers import count, decimal, duration, interval, megabytes
+from aqtx.report.data import Absent, RunData
+from aqtx.report.numbers import count, decimal, duration, interval, is_number, megabytes
 
 _SHOWN_REFUSALS = 40
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from aqtx.report import html
-from aqtx.report.data import Absent, RunData, is_number
-from aqtx.report.numbers import count, decimal, interval
+from aqtx.report.data import Absent, RunData
+from aqtx.report.numbers import count, decimal, interval, is_number
 
 
 def study(data: RunData) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import aqtx.passes
 from aqtx import registry
 from aqtx.errors import InputError, nearest
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.machine.memory import bytes_of
 from aqtx.planning.arms import StudySpec
 from aqtx.registry import Pass
@@ -32,31 +33,6 @@ class ModelSpec:
 
     source: str
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateSpec:
-    """What to measure before and after. `perplexity` names a text source, `tasks` are lm-eval's."""
-
-    perplexity: str | None = None
-    max_tokens: int | None = None  # of text; whole documents, domains in turn; null takes all
-    window: int | None = None  # tokens that the model is given at a time; null takes the model's context, at most 2048
-    batch_size: int = 8
-    tasks: tuple[str, ...] = ()
-    include_path: str | None = None  # folder of further task definitions
-    allow_task_code: bool = False  # run the Python that those definitions name
-    limit: int | None = None  # items per task; null takes all
-
-    def __post_init__(self) -> None:
-        """Refuse counts below one."""
-        counts = {name: getattr(self, name) for name in ("max_tokens", "window", "batch_size", "limit")}
-        low = [
-            f"{name}: must be at least 1, got {value}"
-            for name, value in counts.items()
-            if value is not None and value < 1
-        ]
-        if low:
-            raise InputError(*low)
 
 
 @dataclass(frozen=True, kw_only=True)

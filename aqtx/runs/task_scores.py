@@ -9,12 +9,12 @@ import numpy as np
 
 from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.errors import InputError
-from aqtx.evaluate.arms import EvalSettings, run_program_tasks
+from aqtx.evaluate.arms import run_program_tasks
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.files import make_folder, read_record, text_digest, write_record, write_text
 from aqtx.numerics.intervals import paired_difference
 from aqtx.program.program import Program
-from aqtx.runs.recipe import EvaluateSpec
 
 
 def score_tasks(
@@ -34,15 +34,7 @@ def score_tasks(
                 f"{log}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
             )
         return {name: _from_json(name, data) for name, data in json.loads(text).items()}
-    settings = EvalSettings(
-        tasks=spec.tasks,
-        include_path=Path(spec.include_path) if spec.include_path else None,
-        allow_task_code=spec.allow_task_code,
-        limit=spec.limit,
-        batch_size=spec.batch_size,
-        window=spec.window,
-    )
-    scores = run_program_tasks(program, settings, scorer)
+    scores = run_program_tasks(program, spec, scorer)
     make_folder(log.parent)
     text = json.dumps({name: _to_json(found) for name, found in scores.items()}, default=str)
     write_text(log, text)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window_of
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.planning.arms import Arm, StudySpec
 from aqtx.planning.decide import decide
 from aqtx.planning.options import unmet
@@ -23,7 +24,7 @@ from aqtx.registry import Context, Pass, annotator
 from aqtx.runs.fingerprint import source_hashes
 from aqtx.runs.opening import program_of, recipe_context
 from aqtx.runs.pipeline import Run, misfits
-from aqtx.runs.recipe import EvaluateSpec, Recipe
+from aqtx.runs.recipe import Recipe
 from aqtx.runs.schema import plain
 from aqtx.sensitivity.rounded_model import RoundedModel
 from aqtx.study.correlate import Truth, correlations, held_out, measure_truth

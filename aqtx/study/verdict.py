@@ -10,6 +10,7 @@ from aqtx.evaluate.perplexity import DocumentScores
 from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.numerics.intervals import Interval
 from aqtx.program.plan import Plan
+from aqtx.report.numbers import interval
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def study_markdown(data: dict[str, Any]) -> str:
     lines = ["| method | bits | model bytes | perplexity | change, nats per token |", "|---|---|---|---|---|"]
     for row in sorted(data["points"], key=lambda row: (row["budget_bits"], row["change"]["value"])):
         lines.append(
-            f"| {row['method']} | {row['average_bits']:.3f} | {row['bytes']:,} | {_interval(row['perplexity'], '.3f')} "
-            f"| {_interval(row['change'], '+.4f')} |"
+            f"| {row['method']} | {row['average_bits']:.3f} | {row['bytes']:,} | {interval(row['perplexity'])} "
+            f"| {interval(row['change'], 4, signed=True)} |"
         )
     lines += ["", *(f"- {sentence}" for sentence in data["summary"]), ""]
     if data.get("calibrated"):
@@ -121,9 +122,3 @@ def study_markdown(data: dict[str, Any]) -> str:
         *(f"| {row['method']} | {row['all']} | {row['within_roles']} |" for row in data["correlations"]),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _interval(value: dict[str, float | None], digits: str) -> str:
-    if value["low"] is None or value["high"] is None:
-        return f"{value['value']:{digits}}"
-    return f"{value['value']:{digits}} [{value['low']:{digits}}, {value['high']:{digits}}]"

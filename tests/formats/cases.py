@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aqtx.formats import MixedExperts, QuantizedTensor, quantize
+
 ORACLE = {
     "e2m1": gf.format_info_ocp_e2m1,
     "e2m3": gf.format_info_ocp_e2m3,
@@ -69,3 +71,17 @@ def decibels(weight: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise."""
     weight = weight.double()
     return float(10 * torch.log10(weight.square().sum() / (approximation.double() - weight).square().sum()))
+
+
+MIX = ["mxfp4", "nvfp4", "bf16", "int4_asym", "mxfp4"]
+
+
+def weight_of(name: str, *shape: int) -> QuantizedTensor:
+    return quantize(normal(*shape, dtype=torch.bfloat16), name)
+
+
+def mixed(num_rows: int = 64, num_columns: int = 128) -> MixedExperts:
+    """Quantized experts of three formats and a plain one, out of order."""
+    weights = normal(len(MIX), num_rows, num_columns, dtype=torch.bfloat16).unbind(0)
+    experts = [quantize(weight, name) for weight, name in zip(weights, MIX, strict=True)]
+    return MixedExperts.from_experts([*experts, normal(num_rows, num_columns, dtype=torch.bfloat16)], torch.bfloat16)
