@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aqtx.checkpoint.checks import read_quantization, verify
 from aqtx.checkpoint.exports.compressed_reader import CompressedReader, is_compressed
 from aqtx.checkpoint.exports.gguf_source import GgufSource
-from aqtx.checkpoint.huggingface.open import foreign_source, trace_foreign, trace_loaded
+from aqtx.checkpoint.huggingface.open import foreign_source, fused_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.checkpoint.source import CheckpointSource
@@ -80,17 +80,32 @@ def open_program(
     dtype = dtype or reader.dtype()
     weights = CheckpointSource(reader, formats, dtype)
     if supported(config):
-        program = build_program(lambda: build(config), weights, config=config, dtype=dtype, folder=folder)
-        tied = program.weights.tied
-        stored = {name: spec.shape for name, spec in program.weights.specs.items() if name not in tied}
-        spare = [key for key in reader.entries if left_out(config, key)]
-        if spare:
-            warnings.warn(f"{folder}: {len(spare)} tensors are left out, first {spare[0]}", stacklevel=2)
-        reader.check(stored, quantized=weights.formats, tied=tied, left_out=spare)
+        program = _open_own(reader, weights, config, dtype)
     else:
-        program = trace_foreign(config, foreign_source(reader, config, dtype, weights), dtype, folder)
+        program = trace_foreign(config, foreign_source(reader, config, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
     program.edit(*map(edit_from_json, edits))
+    return program
+
+
+def _open_own(
+    reader: CheckpointReader, weights: CheckpointSource, config: dict[str, Any], dtype: torch.dtype
+) -> Program:
+    """A Program of one of our own families; its tensors lie under our names, or as transformers lays them out."""
+    folder = reader.folder
+    shapes = {name: tuple(value.shape) for name, value in build(config).named_parameters()}
+    laid_out = None if weights.formats else fused_source(reader, config, shapes)
+    source = weights if laid_out is None else laid_out
+    program = build_program(lambda: build(config), source, config=config, dtype=dtype, folder=folder)
+    tied = program.weights.tied
+    wanted = {name: spec.shape for name, spec in program.weights.specs.items() if name not in tied}
+    if laid_out is not None:
+        laid_out.check(wanted, folder)
+        return program
+    spare = [key for key in reader.entries if left_out(config, key)]
+    if spare:
+        warnings.warn(f"{folder}: {len(spare)} tensors are left out, first {spare[0]}", stacklevel=3)
+    reader.check(wanted, quantized=weights.formats, tied=tied, left_out=spare)
     return program
 
 

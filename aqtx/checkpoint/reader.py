@@ -25,7 +25,7 @@ from aqtx.program.names import NamesTable, Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_LISTED = 20  # problems of one kind that are told one by one
+LISTED = 20  # problems of one kind that are told one by one
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
 _CONVERT = (
@@ -81,6 +81,10 @@ class CheckpointReader:
         tensor: Tensor = self._open[file].get_tensor(key)
         return tensor
 
+    def part(self, key: str, parts: tuple[range, ...]) -> Tensor:
+        """A part of a tensor, one range a dimension: a view of the mapped file."""
+        return self.get(key)[tuple(slice(part.start, part.stop, part.step) for part in parts)]
+
     def dtype(self) -> torch.dtype:
         """The dtype of most weights; of a quantized checkpoint the one that config.json declares."""
         if any(key.endswith(".qdata") for key in self.entries):
@@ -114,7 +118,7 @@ class CheckpointReader:
         wanted = set(plain) | {f"{key}.qdata" for key in coded}
         spare = {f"{key}.{part}" for key in coded for part in PARTS} | {*tied, *left_out}
         missing = sorted(wanted - self.entries.keys())
-        extra = sorted(key for key in self.entries.keys() - wanted - spare if not _ignorable(key))
+        extra = sorted(key for key in self.entries.keys() - wanted - spare if not ignorable(key))
         wrong = [
             f"{self.folder}: {key} has shape {list(self.shape(key))}, config.json asks for {list(shape)}"
             for key in plain
@@ -129,7 +133,7 @@ class CheckpointReader:
                 if known
                 else [f"{self.folder}: config.json gives the format {name} to {key}, which is no matrix of the model"]
             )
-        problems += wrong[:_LISTED] + ([f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else [])
+        problems += wrong[:LISTED] + ([f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else [])
         if problems:
             raise InputError(*problems)
 
@@ -194,12 +198,12 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _ignorable(key: str) -> bool:
+def ignorable(key: str) -> bool:
     """Buffers that older checkpoints store and models compute for themselves."""
     return key.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
 
 
 def _listed(keys: list[str], sentence: str) -> list[str]:
     """One sentence a key, the first ones only when there are many."""
-    told = [sentence.format(key) for key in keys[:_LISTED]]
-    return told + ([f"and {len(keys) - _LISTED} more of the same kind"] if len(keys) > _LISTED else [])
+    told = [sentence.format(key) for key in keys[:LISTED]]
+    return told + ([f"and {len(keys) - LISTED} more of the same kind"] if len(keys) > LISTED else [])

@@ -7,6 +7,7 @@ projection of each expert is a site. Registered as the experts implementation `a
 Legend: T tokens, k experts a token, E experts, I intermediate size, H hidden size.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,16 +35,25 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 def projections(experts: nn.Module) -> dict[str, Tensor]:
     """Gate, up and down [E, N, K] of fused experts: views of their parameters, or those split already."""
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     if "gate_proj" in experts._parameters:
         return {name: _parameter(experts, name) for name in ("gate_proj", "up_proj", "down_proj")}
-    fused, down = _parameter(experts, up_name), _parameter(experts, "down_proj")
+    return cut(experts, {name: _parameter(experts, name) for name in fused_names(experts)})
+
+
+def fused_names(experts: nn.Module) -> tuple[str, str]:
+    """The parameters of fused experts as transformers has them."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def cut(experts: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Gate, up and down [E, N, K] from the fused parameters, tensors or pieces of a checkpoint: views all."""
+    fused, down = (parameters[name] for name in fused_names(experts))
     if experts.is_transposed:
         fused, down = fused.transpose(1, 2), down.transpose(1, 2)
     if not experts.has_gate:
         return {"up_proj": fused, "down_proj": down}
     if experts.is_concatenated:
-        gate, up = fused.chunk(2, dim=1)
+        gate, up = fused.chunk(2, 1)
     else:
         gate, up = fused[:, ::2], fused[:, 1::2]
     return {"gate_proj": gate, "up_proj": up, "down_proj": down}

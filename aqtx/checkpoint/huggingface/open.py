@@ -1,13 +1,15 @@
 """Programs over transformers' own modules: from a checkpoint folder, or from a model in memory."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from aqtx.checkpoint.huggingface.layout import PieceSource, layout_of
 from aqtx.checkpoint.huggingface.names import to_disk
 from aqtx.checkpoint.huggingface.skeleton import canonical_tensors, skeleton
 from aqtx.checkpoint.reader import CheckpointReader
@@ -49,25 +51,8 @@ def trace_loaded(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     return build_program(lambda: build(config), ModuleSource(tensors), config=config, dtype=dtype)
 
 
-def load_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint whose names only transformers can translate; they lie in memory.
-
-    Raises:
-        InputError: tensors are missing or of another shape; transformers would fill them at random.
-    """
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    model, told = loaded
-    problems = [f"{folder}: tensor {key} is missing" for key in sorted(told["missing_keys"])]
-    problems += [f"{folder}: {entry} does not have the shape of the model" for entry in told["mismatched_keys"]]
-    if problems:
-        raise InputError(*problems)
-    return canonical_tensors(model)
-
-
-def foreign_source(reader: CheckpointReader, config: Mapping[str, Any], dtype: torch.dtype, lazy: Any) -> Any:
-    """`lazy`, which reads the folder's own names, where they fit; else the whole model in memory."""
+def foreign_source(reader: CheckpointReader, config: Mapping[str, Any], lazy: Any) -> Any:
+    """`lazy`, which reads the folder's own names, where they fit; else what transformers' layouts lead to."""
     made = skeleton(config)
     names = dict(made.named_parameters())  # a tied head appears once, as on disk
     shapes = {name: tuple(value.shape) for name, value in names.items()}
@@ -76,8 +61,31 @@ def foreign_source(reader: CheckpointReader, config: Mapping[str, Any], dtype: t
     except InputError:
         if lazy.formats:  # our own checkpoint has our own names: what is wrong with it is wrong
             raise
-        return ModuleSource(load_tensors(reader.folder, dtype))
+        return _translated(reader, config)
     return lazy
+
+
+def fused_source(
+    reader: CheckpointReader, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> PieceSource | None:
+    """A source for one of our own families whose file is laid out in another way, None where it is not.
+
+    Told by stacks of experts, which our names never have, and by the prefix of a model that also sees.
+    """
+    others = [key for key in reader.entries if key not in shapes]
+    if not any(len(reader.shape(key)) == 3 or "language_model." in key for key in others):
+        return None
+    found = _translated(reader, config).pieces
+    return PieceSource({to_disk(config["model_type"], name): piece for name, piece in found.items()})
+
+
+def _translated(reader: CheckpointReader, config: Mapping[str, Any]) -> PieceSource:
+    """The folder through transformers' layouts; what the model does without is told."""
+    layout = layout_of(reader, config)
+    if layout.left_out:
+        told = f"{reader.folder}: {len(layout.left_out)} tensors are left out, first {layout.left_out[0]}"
+        warnings.warn(told, stacklevel=2)
+    return PieceSource(layout.pieces)
 
 
 def check_reach(program: Program, name: str) -> None:

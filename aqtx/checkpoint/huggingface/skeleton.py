@@ -17,7 +17,16 @@ from aqtx.errors import InputError
 
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """The model of a config.json that transformers knows.
+    """The model of a config.json that transformers knows, in the canonical form.
+
+    Raises:
+        InputError: transformers has no causal language model of this type.
+    """
+    return canonicalize(blank(config))
+
+
+def blank(config: Mapping[str, Any]) -> nn.Module:
+    """The same as transformers has it: parameters under its own names, experts fused.
 
     Raises:
         InputError: transformers has no causal language model of this type.
@@ -36,7 +45,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
         except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"transformers makes no causal language model of {kind!r}: {reason}") from None
-    return canonicalize(model.eval())
+    return model.eval()
 
 
 def canonicalize(model: nn.Module) -> nn.Module:
