@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqtx.errors import InputError
+from aqtx.models.on_disk import text_config
 from aqtx.models.sanity import nonsense
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "deepseek_v3": ("deepseek_v3", "DeepseekV3"),
     "gemma3_text": ("gemma3", "Gemma3"),
     "glm4_moe": ("glm4_moe", "Glm4Moe"),
+    "gpt_oss": ("gpt_oss", "GptOss"),
+    "granitemoe": ("granitemoe", "GraniteMoe"),
+    "qwen3_5_moe_text": ("qwen3_5_moe", "Qwen35Moe"),
     "qwen3_next": ("qwen3_next", "Qwen3Next"),
     "qwen3_moe": ("qwen3_moe", "Qwen3Moe"),
     "llama": ("llama", "Llama"),
@@ -50,20 +53,8 @@ def build(config: Mapping[str, Any]) -> "CausalLM":
     return model
 
 
-def left_out(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to what its architecture here does without.
-
-    DeepSeek-V3 and GLM-4.5 keep layers that predict several tokens at once behind the last one, Qwen3-Next apart.
-    """
-    if config.get("model_type") == "qwen3_next":
-        return key.startswith("mtp.")
-    found = re.match(r"model\.layers\.(\d+)\.", key)
-    behind = found is not None and int(found[1]) >= int(config.get("num_hidden_layers") or 0)
-    return behind and config.get("model_type") in ("deepseek_v3", "glm4_moe")
-
-
 def load_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder."""
+    """config.json of a checkpoint folder; of a model that sees images too, the config of its text model."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
@@ -73,6 +64,7 @@ def load_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object")
+    config = text_config(config)
     if problems := nonsense(config):
         raise InputError(*(f"{path}: {problem}" for problem in problems))
     if config.get("quantization_config", ...) is None:  # written so by some tools: not quantized

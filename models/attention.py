@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from aqtx.models.config import DecoderConfig
 from aqtx.models.layers import RMSNorm
 
+SINK_COLUMNS = 8  # of which one is used: kernels want heads of a multiple of eight
+
 Cache = tuple[Tensor, Tensor]  # of one layer: keys and values, each [B, G, C, D], or a state; written in place
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [B or 1, 1, S, R]
 
@@ -49,6 +51,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, hidden, bias=config.out_bias)
+        if config.sinks:
+            self.sinks = nn.Parameter(torch.empty(config.num_heads))
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
             self.q_norm = norm(config.head_size if per_head else queries, config.norm_eps)
@@ -79,10 +83,32 @@ class Attention(nn.Module):
             k, v = cache[0].index_copy_(2, at.slots, k), cache[1].index_copy_(2, at.slots, v)
         mask = at.window_mask if self.windowed else at.mask
         gqa, scale = self.config.num_kv_heads != self.config.num_heads, self.config.softmax_scale
+        if self.config.sinks:
+            scale = self.config.head_size**-0.5 if scale is None else scale
+            q, k, v = with_sinks(q, k, v, self.sinks / scale)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa, scale=scale)
         out = out.transpose(1, 2).flatten(2)
         projected: Tensor = self.o_proj(out if gate is None else out * gate.sigmoid())
         return projected
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with a first slot whose value is zero and whose score is each query head's own.
+
+    A column more holds the score in queries, one in the key of that slot and zero in all other keys, so that no mask
+    of every head is needed.
+
+    Args:
+        q: [B, Q, S, D], k: [B, G, C, D], v: [B, G, C, V].
+        scores: [Q], divided by the scale of attention.
+
+    Returns:
+        [B, Q, S, D + 8], [B, G, 1 + C, D + 8], [B, G, 1 + C, V]; the mask needs a first column too.
+    """
+    size = q.shape[-1]
+    q = F.pad(q, (0, SINK_COLUMNS)) + F.pad(scores.view(-1, 1, 1), (size, SINK_COLUMNS - 1))
+    slot = F.pad(F.pad(torch.zeros_like(k[:, :, :1]), (0, 1), value=1.0), (0, SINK_COLUMNS - 1))
+    return q, torch.cat((slot, F.pad(k, (0, SINK_COLUMNS))), dim=2), F.pad(v, (0, 0, 1, 0))
 
 
 def rotate_half(x: Tensor, rotation: Rotation) -> Tensor:

@@ -79,7 +79,10 @@ class DecoderConfig:
     norm_eps: float
     rope: Rope
     window_rope: Rope | None = None  # of layers with a sliding window, where it is another one
-    embedding_scale: float | None = None
+    embedding_scale: float | None = None  # rounded to the model's dtype, as Gemma does
+    embedding_multiplier: float = 1.0  # not rounded, as Granite does
+    logits_divisor: float = 1.0
+    sinks: bool = False  # each query head may attend to nothing, with a learned score
     tie_word_embeddings: bool
     rotary_size: int  # dimensions of a head that positions rotate, the first ones
     softmax_scale: float | None = None  # of attention scores; None is head_size^-1/2

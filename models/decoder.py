@@ -8,6 +8,7 @@ compiled graph serves prefill and decoding. Legend of shapes: see `layers.py`.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aqtx.models.attention import Cache, CacheShape, Positions, Rotation
@@ -58,6 +59,8 @@ class Decoder(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> [B, S, H]."""
         x: Tensor = self.embed_tokens(ids)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         return x if self.config.embedding_scale is None else x * self.scale.to(x.dtype)
 
     def rotations(self, places: Tensor, dtype: torch.dtype) -> tuple[Rotation, Rotation]:
@@ -96,7 +99,8 @@ class CausalLM(nn.Module):
         for layer, block in enumerate(self.model.layers):
             x = block(x, at, None if kv is None else (kv[2 * layer], kv[2 * layer + 1]))
         logits: Tensor = self.lm_head(self.model.norm(x))
-        return logits
+        divisor = self.decoder_config.logits_divisor
+        return logits if divisor == 1 else logits / divisor
 
     def make_cache(self, batch: int, slots: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
         """An empty cache for `batch` sequences of up to `slots` tokens, padding included."""
@@ -129,11 +133,16 @@ class CausalLM(nn.Module):
     def _scoring(self, ids: Tensor, dtype: torch.dtype) -> Positions:
         places = torch.arange(ids.shape[1], device=ids.device)
         full, windowed = self.model.rotations(places.unsqueeze(0), dtype)
-        if self._window is None:
-            return Positions(full, windowed, mask=None, window_mask=None, slots=None)
         behind = places.unsqueeze(1) - places  # [S, S], how far each key lies behind the query
-        window_mask = (behind >= 0) & (behind < self._window)
-        return Positions(full, windowed, mask=None, window_mask=window_mask, slots=None)
+        mask = self._with_sink(behind >= 0) if self.decoder_config.sinks else None
+        window_mask = None
+        if self._window is not None:
+            window_mask = self._with_sink((behind >= 0) & (behind < self._window))
+        return Positions(full, windowed, mask=mask, window_mask=window_mask, slots=None)
+
+    def _with_sink(self, mask: Tensor) -> Tensor:
+        """A mask [..., C] with a first column for the slot that `with_sinks` adds, which all may attend to."""
+        return F.pad(mask, (1, 0), value=True) if self.decoder_config.sinks else mask
 
     def _continuing(self, pos: Tensor, start: Tensor, keys: Tensor, dtype: torch.dtype) -> Positions:
         full, windowed = self.model.rotations((pos - start.unsqueeze(1)).clamp(min=0), dtype)
@@ -141,6 +150,7 @@ class CausalLM(nn.Module):
         behind = pos.unsqueeze(1) - slots  # [S, C]
         # Padding sees itself: a row with nothing to attend to would be NaN.
         mask = (behind == 0) | ((behind >= 0) & (slots >= start.view(-1, 1, 1, 1)))  # [B, 1, S, C]
-        window_mask = None if self._window is None else mask & (behind < self._window)
+        window_mask = None if self._window is None else self._with_sink(mask & (behind < self._window))
+        mask = self._with_sink(mask)
         valid = (pos >= start.unsqueeze(1)).unsqueeze(-1)  # [B, S, 1]
         return Positions(full, windowed, mask=mask, window_mask=window_mask, slots=pos, valid=valid)

@@ -83,6 +83,12 @@ def route(logits: Tensor, experts_per_token: int, *, normalize: bool) -> tuple[T
     return weights.to(logits.dtype), experts
 
 
+def route_chosen(logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """The k best experts of each token and a softmax over them alone: logits [T, E] -> weights, experts [T, k]."""
+    best, experts = logits.float().topk(experts_per_token, dim=-1)
+    return best.softmax(-1).to(logits.dtype), experts
+
+
 def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order of the T * k (token, expert) pairs by expert, and each expert's end row.
 
@@ -103,6 +109,10 @@ def run_experts(x: Tensor, weights: Tensor, experts: Tensor, stacks: tuple[Tenso
     order, offsets = sort_by_expert(experts, gate.shape[0])
     rows = x[order // experts.shape[1]]  # [T * k, H]
     inner = F.silu(grouped_linear(rows, gate, offsets)) * grouped_linear(rows, up, offsets)
-    out = grouped_linear(inner, down, offsets)
-    out = out[order.argsort()].view(-1, experts.shape[1], x.shape[-1])  # [T, k, H]
+    return combine(grouped_linear(inner, down, offsets), weights, order)
+
+
+def combine(out: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+    """Experts' outputs summed by token: out [T * k, H] in `order` [T * k] by expert, weights [T, k] -> [T, H]."""
+    out = out[order.argsort()].view(-1, weights.shape[1], out.shape[-1])  # [T, k, H]
     return (out * weights.unsqueeze(-1)).sum(1)

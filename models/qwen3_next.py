@@ -59,13 +59,13 @@ class Qwen3NextConfig:
             decoder=decoder,
             delta=DeltaConfig.read(fields, fused=True),
             moe=moe,
-            linear_layers=_linear_layers(fields, decoder.num_layers),
+            linear_layers=linear_layers(fields, decoder.num_layers),
         )
         fields.check()
         return made
 
 
-def _linear_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
+def linear_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Which layers have linear attention, from `layer_types` or all but every `full_attention_interval`-th."""
     every = fields.integer("full_attention_interval", 4)
     kinds = fields.config.get("layer_types") or [KINDS[(i + 1) % every == 0] for i in range(layers)]

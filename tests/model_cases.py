@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aqtx.checkpoint.huggingface.open import fused_source
 from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.models import build, load_config
 from aqtx.models.decoder import CausalLM
@@ -52,6 +53,11 @@ DELTA = QWEN_MOE | {
     "linear_value_head_dim": 8,
 }
 GEMMA = {"head_dim": 24, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
+DELTA_LAYERS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+OSS = {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 5}
+OSS_ROPE = {"rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False}}
+GRANITE = {"num_local_experts": 8, "num_experts_per_tok": 3, "attention_multiplier": 0.2, "embedding_multiplier": 6.0}
+GRANITE |= {"residual_multiplier": 0.37, "logits_scaling": 1.5}
 GLM_MOE = ROUTED | {"head_dim": 16, "n_group": 1, "topk_group": 1}
 
 # name -> (model_type, settings beside SMALL)
@@ -89,6 +95,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "head_dim": 24}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
+    "qwen3-5-moe": ("qwen3_5_moe_text", DELTA | DELTA_LAYERS | {"head_dim": 16}),
+    "qwen3-5-moe-bias": (
+        "qwen3_5_moe_text",
+        DELTA
+        | {"attention_bias": True, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "head_dim": 24}
+        | {"layer_types": ["full_attention", "linear_attention", "full_attention"], "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt-oss": ("gpt_oss", OSS | OSS_ROPE),
+    "gpt-oss-full": (
+        "gpt_oss",
+        OSS
+        | {"attention_bias": False, "swiglu_alpha": 1.3, "swiglu_limit": 0.3, "tie_word_embeddings": True}
+        | {"layer_types": ["full_attention"] * 3, "head_dim": 12, "num_key_value_heads": 4},
+    ),
+    "granitemoe": ("granitemoe", GRANITE),
+    "granitemoe-bias": ("granitemoe", GRANITE | {"attention_bias": True, "tie_word_embeddings": True}),
     "deepseek-v2": ("deepseek_v2", LATENT | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}),
     "deepseek-v2-groups": (
         "deepseek_v2",
@@ -179,11 +202,15 @@ def ours(folder: Path) -> CausalLM:
     config = load_config(folder)
     model, reader = build(config).eval(), CheckpointReader(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    reader.check(shapes, tied=model.state_dict().keys() - shapes.keys())
+    laid_out = fused_source(reader, config, shapes)
+    if laid_out is not None:
+        laid_out.check(shapes, folder)
+    else:
+        reader.check(shapes, tied=model.state_dict().keys() - shapes.keys())
     table = NamesTable(shapes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parts = [reader.get(key) for key in table.to_disk[name]]
+            parts = [reader.get(key) for key in table.to_disk[name]] if laid_out is None else [laid_out.parameter(name)]
             parameter.copy_(parts[0] if parts[0].shape == parameter.shape else torch.stack(parts))
     return model
 

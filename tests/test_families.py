@@ -29,6 +29,9 @@ FAMILIES = (
     "qwen2-moe",
     "qwen3-moe",
     "qwen3-next",
+    "qwen3-5-moe",
+    "gpt-oss",
+    "granitemoe",
     "deepseek-v2",
     "deepseek-v3",
     "glm4-moe",
@@ -65,7 +68,7 @@ def test_rounded_saved_and_reloaded_bit_for_bit(source: Path, tmp_path: Path) ->
     program, ids = rounded(source, None, Quantize()), token_ids(2, 9)
     expected = program.module()(ids)
     assert program.codes
-    assert not [site for site in program.codes if site.endswith((".gate", "lm_head"))]
+    assert not [site for site in program.codes if site.endswith((".gate", ".router", ".router.layer", "lm_head"))]
     aqtx.save(program, tmp_path / "saved")
     assert torch.equal(aqtx.load(tmp_path / "saved").module()(ids), expected)
 
@@ -104,6 +107,14 @@ def test_exported_for_transformers(source: Path, tmp_path: Path) -> None:
         expected = theirs.eval()(ids).logits
     found = aqtx.trace(tmp_path / "plain", torch.float32).module()(ids)
     assert (found - expected).abs().max() <= 2e-6 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "granitemoe"])
+def test_experts_that_no_program_loads_one_by_one_are_refused(name: str, tmp_path: Path) -> None:
+    oracle(name).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    aqtx.save(rounded(tmp_path / "source", None, Quantize()), tmp_path / "saved")
+    with pytest.raises(InputError, match="in one tensor a layer, for which compressed-tensors has no form"):
+        export(tmp_path / "saved", "compressed-tensors", tmp_path / "out")
 
 
 ROTATIONS: dict[str, list[Pass]] = {

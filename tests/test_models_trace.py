@@ -23,6 +23,7 @@ TRACED = (
     "qwen3-moe",
     "deepseek-v3",
     "glm4-moe",
+    "gpt-oss",
     "gemma3",
     "mistral-window",
     "llama-dynamic",
@@ -155,11 +156,11 @@ def test_step_graph_serves_prefill_and_decoding(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("entry", ["score", "step"])
-def test_blocks_do_no_arithmetic_with_sizes(entry: str) -> None:
+@pytest.mark.parametrize(("name", "entry"), [("qwen2-moe", "score"), ("qwen2-moe", "step"), ("gpt-oss", "step")])
+def test_blocks_do_no_arithmetic_with_sizes(name: str, entry: str) -> None:
     """A size read inside a block would have to be passed from block to block when they are split."""
     with torch.device("meta"):
-        graph = export_entry(build(case_config("qwen2-moe")).eval().to("meta"), entry)
+        graph = export_entry(build(case_config(name)).eval().to("meta"), entry)
     symbolic = [node for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     inside = [str(node) for node in symbolic if re.search(r"layers\.\d", str(node.meta.get("nn_module_stack")))]
     assert inside == []

@@ -16,7 +16,8 @@ from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.checkpoint.source import CheckpointSource
 from aqtx.errors import InputError
-from aqtx.models import build, left_out, load_config, supported
+from aqtx.models import build, load_config, supported
+from aqtx.models.on_disk import left_out
 from aqtx.program.edits import edit_from_json
 from aqtx.program.program import Program
 from aqtx.program.trace import build_program, copy_on_meta

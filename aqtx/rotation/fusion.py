@@ -55,6 +55,10 @@ def fuse_stream(program: Program, stream: Stream) -> Fusion:
         raise Unproven("the embedding's weights have a second use: untie them first")
     fusion.changes[str(embedding.target)] = first
     for writer in stream.writers:
+        if writer.op == "get_attr":  # the biases of experts, a row each
+            _single_parameter(program, writer)
+            fusion.changes[str(writer.target)] = first
+            continue
         _single_use(program, writer)
         fusion.write_rotated(writer, first)
     for reader in readers:
@@ -86,6 +90,18 @@ def recorded_rotation(program: Program, reader: fx.Node) -> Rotate | None:
     weight = weight_name(reader)
     edits = [edit for edit in program.edits if isinstance(edit, Hadamard) and edit.weight == weight]
     return Rotate(edits[-1].block, edits[-1].seed) if edits else None
+
+
+def _single_parameter(program: Program, node: fx.Node) -> None:
+    """Check that a value which joins the stream is a parameter that nothing else reads.
+
+    Raises:
+        Unproven: it is a buffer, or has a second use.
+    """
+    if node.target not in program.weights.specs:
+        raise Unproven(f"{node.target} takes part in what is added to the residual stream, and is no parameter")
+    if nodes_reading(program.graph, str(node.target)) or len(node.users) > 1:
+        raise Unproven(f"{node.target} is used by several nodes")
 
 
 def _single_use(program: Program, node: fx.Node) -> None:

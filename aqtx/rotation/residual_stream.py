@@ -2,7 +2,7 @@
 
 embedding -> r0 -> r1 = r0 + w1 -> r2 = r1 + w2 ... -> norm -> lm_head
               |            ^                                (readers: linears behind each norm)
-              norm -> ... -> linear                         (writers: linears before each sum)
+              norm -> ... -> linear                         (writers: linears and biases before each sum)
 """
 
 from dataclasses import dataclass, field
@@ -42,13 +42,13 @@ def readers(node: fx.Node) -> list[fx.Node]:
 
 
 def writers(node: fx.Node, reader: fx.Node) -> list[fx.Node]:
-    """The linears whose sum, through rowwise ops, a value is that only `reader` reads.
+    """The linears and parameters (biases) whose sum, through rowwise ops, a value is that only `reader` reads.
 
     Raises:
         Unproven: something else takes part in it, or reads it.
     """
     read_only_by(node, reader)
-    if is_linear(node):
+    if is_linear(node) or node.op == "get_attr":
         return [node]
     sources = [source for source in node.all_input_nodes if width(source) == width(node)]
     if is_sum(node):

@@ -22,6 +22,7 @@ from aqtx.checkpoint.write import copy_tokenizer
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.packing import to_disk_order
 from aqtx.formats.table import E8M0, NVFP4_SCALE, Format
+from aqtx.models.on_disk import ALWAYS_FUSED
 
 _MX = {"e2m1": "mxfp4-pack-quantized", "e2m3": "mxfp6-pack-quantized", "e4m3": "mxfp8-quantized"}
 _ROUNDED_INPUTS = {  # (form, activation) -> form and `input_activations`, where the two go together
@@ -157,6 +158,17 @@ def _targets(names: list[str]) -> list[str]:
     return [*expressions, *single]
 
 
+def check(job: Job) -> list[str]:
+    """Families of which no program loads single experts, quantized or not."""
+    kind = job.program.config.get("model_type")
+    if kind not in ALWAYS_FUSED:
+        return []
+    return [
+        f"vLLM and transformers load the experts of {kind} in one tensor a layer, for which compressed-tensors has no "
+        "form: use the checkpoint itself in transformers, or --to dequantized"
+    ]
+
+
 def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """Everything that the folder stores, one matrix in memory at a time."""
     activations = job.activations()
@@ -213,4 +225,5 @@ TARGET = Target(
     form=form,
     write=write,
     verify=verify,
+    check=check,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from aqtx.checkpoint.exports.compare import Checked, compare
 from aqtx.checkpoint.exports.target import Job, Target
 from aqtx.checkpoint.huggingface.skeleton import canonical_tensors
+from aqtx.checkpoint.published_names import as_published
 from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.checkpoint.shards import write_shards
 from aqtx.checkpoint.write import copy_tokenizer
@@ -34,7 +35,7 @@ def write(job: Job) -> list[str]:
     config = {key: value for key, value in program.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     if supported(config):
-        write_shards(_tensors(job), job.output)
+        write_shards(as_published(config, _tensors(job)), job.output)
         (job.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     else:
         _write_foreign(dict(_tensors(job)), config, job)
@@ -62,7 +63,7 @@ def verify(job: Job) -> Checked:
     if not supported(job.program.config):
         return checked
     reader = CheckpointReader(job.output)
-    for key, value in _tensors(job):
+    for key, value in as_published(job.program.config, _tensors(job)):
         compare(checked, key, reader.get(key), value)
     checked.complete(reader.entries)
     return checked

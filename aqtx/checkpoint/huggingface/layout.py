@@ -20,6 +20,7 @@ from aqtx.checkpoint.huggingface.skeleton import blank
 from aqtx.checkpoint.pieces import Piece, stored
 from aqtx.checkpoint.reader import LISTED, CheckpointReader, ignorable
 from aqtx.errors import InputError
+from aqtx.models.on_disk import left_out, renamed
 from aqtx.program.names import Shape
 
 
@@ -66,7 +67,7 @@ def layout_of(reader: CheckpointReader, config: Mapping[str, Any]) -> Layout:
     """
     model = blank(config)
     found, unknown = _parameters(reader, model)
-    left_out, extra = _sorted_out(unknown, model)
+    spare, extra = _sorted_out(unknown, model, config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = shapes.keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys()
     folder = reader.folder
@@ -80,7 +81,7 @@ def layout_of(reader: CheckpointReader, config: Mapping[str, Any]) -> Layout:
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         raise InputError(*problems[:LISTED], *more)
-    return Layout(_canonical(found, model), left_out)
+    return Layout(_canonical(found, model), spare)
 
 
 def _parameters(reader: CheckpointReader, model: nn.Module) -> tuple[dict[str, Piece], list[str]]:
@@ -140,7 +141,7 @@ class _Keys:
         """The parameter that a key belongs to; one that has the model's own name already stays."""
         from transformers.core_model_loading import rename_source_key
 
-        prefix = self.model.base_model_prefix
+        key, prefix = renamed({"model_type": self.model.config.model_type}, key), self.model.base_model_prefix
         made = rename_source_key(key, self.renamings, self.converters, prefix, self.shapes)  # type: ignore[arg-type]
         if made[0] not in self.shapes and key in self.shapes:
             return key, None
@@ -161,11 +162,11 @@ def _complete(reader: CheckpointReader, keys: list[str]) -> list[str]:
     return keys
 
 
-def _sorted_out(keys: list[str], model: nn.Module) -> tuple[list[str], list[str]]:
-    """(those that transformers' class says it does without, those that nobody knows)."""
+def _sorted_out(keys: list[str], model: nn.Module, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(those that transformers' class or ours does without, those that nobody knows)."""
     patterns = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    left_out = [key for key in keys if any(pattern.search(key) for pattern in patterns)]
-    return left_out, [key for key in keys if key not in set(left_out) and not ignorable(key)]
+    spare = [key for key in keys if left_out(config, key) or any(pattern.search(key) for pattern in patterns)]
+    return spare, [key for key in keys if key not in set(spare) and not ignorable(key)]
 
 
 def _canonical(found: dict[str, Piece], model: nn.Module) -> dict[str, Piece]:
