@@ -1,5 +1,7 @@
 """Scores one block at a time against those of a resident module: before and after rounding, text and tasks."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.errors import InputError
 from aqtx.evaluate.arms import _generator
 from aqtx.evaluate.perplexity import evaluate_perplexity
+from aqtx.machine.tensor_record import load_tensors, save_tensors
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.emit import Emit
 from aqtx.passes.quantize import Quantize
+from aqtx.program.blocks import Block
 from aqtx.program.program import Program
 from aqtx.runs.pipeline import run
 from aqtx.text.tokens import Document
@@ -80,3 +84,44 @@ def test_generation_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     program = aqtx.trace(write_checkpoint(tmp_path / "model"), dtype=torch.float32)
     with pytest.raises(InputError, match=r"needs the whole model in memory.*raise max_memory"):
         _generator(program, BlockScorer(program, 0))
+
+
+@pytest.mark.parametrize("room", [0, 1 << 15], ids=["on disk", "in memory"])
+def test_a_killed_evaluation_goes_on_with_the_next_block(program: Program, tmp_path: Path, room: int) -> None:
+    """The blocks done are not read again, the scores are equal to the last bit, and nothing is left."""
+    texts, work = documents(192), tmp_path / "work"
+    expected = evaluate_perplexity(BlockScorer(program, room), texts, window=64, batch_size=3)
+    scorer = BlockScorer(program, room, work, record="scores")
+
+    def stops(blocks: Iterable[Block], **_: object) -> Iterator[Block]:
+        for done, block in enumerate(blocks):
+            if done == 2:
+                raise KeyboardInterrupt
+            yield block
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_perplexity(replace(scorer, progress=stops), texts, window=64, batch_size=3)
+    seen: list[Block] = []
+
+    def watched(blocks: Iterable[Block], **_: object) -> Iterator[Block]:
+        for block in blocks:
+            seen.append(block)
+            yield block
+
+    found = evaluate_perplexity(replace(scorer, progress=watched), texts, window=64, batch_size=3)
+    assert (found.nll == expected.nll).all()
+    assert len(seen) == len(scorer.blocks) - 1 - 2
+    assert not list(work.iterdir())
+
+
+def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "record.safetensors"
+    save_tensors(file, {"one": torch.arange(6.0).bfloat16(), "two": torch.zeros(0, 3)}, {"block": 3})
+    tensors, told = load_tensors(file) or ({}, None)
+    assert told == {"block": 3} and torch.equal(tensors["one"], torch.arange(6.0).bfloat16())
+    whole = file.read_bytes()
+    for place in (10, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert load_tensors(file) is None
+    file.write_bytes(whole[:-5])
+    assert load_tensors(file) is None

@@ -4,6 +4,7 @@ All sequences advance together: a block's weights are read once, every batch goe
 in memory or on disk. A model that fits is one block, whose weights stay from call to call: the same code.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.work_size import parameter_bytes, stream_bytes, tokens_at_once
+from aqtx.machine.files import text_digest
 from aqtx.machine.memory import release_unused
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks, whole
@@ -33,6 +35,7 @@ class BlockScorer:
         room: bytes that may be taken.
         work: folder for what waits between blocks, None for a temporary one.
         ranks: that share the batches of a text; all of them score it.
+        record: what to call the file in `work` from which a killed run goes on with the next block, None for no file.
     """
 
     program: Program
@@ -40,6 +43,7 @@ class BlockScorer:
     work: Path | None = None
     progress: Progress = lambda items, **_: items
     ranks: Ranks = ALONE
+    record: str | None = None
     _resident: Values = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,14 +66,34 @@ class BlockScorer:
         on_disk = stream_bytes(self.program, sum(ids.numel() for ids in batches)) > self.room // 8
         with scratch_folder(self.work) as scratch:
             runner = Runner(self.program, Stream(len(batches), scratch if on_disk else None), self.program.device)
-            [placeholder] = [node for node in self.program.graph.nodes if node.op == "placeholder"]
-            for index, ids in enumerate(batches):
-                runner.stream.write(index, {placeholder: ids})
-            for block in self.progress(self.blocks[:-1], description="blocks"):
+            file = self._record_of(batches)
+            done = self._start(runner.stream, batches, file)
+            for index, block in enumerate(self.progress(self.blocks[done:-1], description="blocks"), done + 1):
                 runner.advance(block, runner.load_as_stands(block))
+                if file is not None:
+                    runner.stream.save(file, index)
                 release_unused()
             yield from self._last(runner, self.blocks[-1])
+        if file is not None:
+            file.unlink(missing_ok=True)
         release_unused()
+
+    def _record_of(self, batches: Sequence[Tensor]) -> Path | None:
+        """The file of this text's record; a resident model is one block and needs none."""
+        if self.work is None or self.record is None or not self.streams:
+            return None
+        digest = text_digest(json.dumps([ids.tolist() for ids in batches]))
+        return self.work / f"{self.record}-{digest[:16]}.safetensors"
+
+    def _start(self, stream: Stream, batches: Sequence[Tensor], file: Path | None) -> int:
+        """Fill the stream, with what a killed run left or with the ids; how many blocks are done."""
+        done = None if file is None else stream.restore(file, self.program.graph)
+        if done is not None:
+            return int(done)
+        [placeholder] = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        for index, ids in enumerate(batches):
+            stream.write(index, {placeholder: ids})
+        return 0
 
     def _last(self, runner: Runner, block: Block) -> Iterator[Tensor]:
         [logits] = self.program.graph.output_node().all_input_nodes

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
+from aqtx.machine.tensor_record import load_tensors, save_tensors
 from aqtx.program.blocks import Values
 
 Mark = list[dict[fx.Node, Any]]
@@ -82,6 +83,40 @@ class Stream:
     def rewind(self, mark: Mark) -> None:
         """Stand where the stream stood; only one that keeps its values can."""
         self._batches = list(mark)
+
+    def save(self, file: Path, told: Any) -> None:
+        """Write all batches' values to a file, for `restore`; what several batches share stands there once."""
+        tensors: dict[str, Tensor] = {}
+        keys: dict[int, str] = {}
+        rows: list[dict[str, Any]] = []
+        for batch, values in enumerate(self._batches):
+            row: dict[str, Any] = {}
+            for node, value in values.items():
+                if not isinstance(value, Tensor | Path):
+                    row[node.name] = [value]
+                    continue
+                row[node.name] = key = keys.setdefault(id(value), f"{batch}/{node.name}")
+                if key not in tensors:
+                    tensors[key] = self._load(value, torch.device("cpu"))
+            rows.append(row)
+        save_tensors(file, tensors, {"rows": rows, "told": told})
+
+    def restore(self, file: Path, graph: fx.Graph) -> Any | None:
+        """Stand where `save` stood; what it was told, or None where there is no such file."""
+        found = load_tensors(file)
+        if found is None:
+            return None
+        tensors, data = found
+        nodes = {node.name: node for node in graph.nodes}
+        stored: dict[str, Any] = {}
+        for batch, row in enumerate(data["rows"]):
+            values: dict[fx.Node, Any] = {}
+            for name, key in row.items():
+                if isinstance(key, str) and key not in stored:
+                    stored[key] = self._store(batch, nodes[name], tensors[key])
+                values[nodes[name]] = stored[key] if isinstance(key, str) else key[0]
+            self._batches[batch] = values
+        return data["told"]
 
     def _store(self, batch: int, node: fx.Node, value: Any) -> Any:
         if not isinstance(value, Tensor):

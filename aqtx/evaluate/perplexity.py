@@ -126,6 +126,7 @@ def evaluate_perplexity(
     logits = many_with(forward)([_ids(documents, batch) for batch in mine])
     for batch in progress(mine, description="perplexity") if progress else mine:
         losses.append(_score(next(logits), documents, batch))
+    next(logits, None)  # to its end, where it clears up
     nll = np.zeros(len(documents))
     shared = ranks.gather(losses)
     for place, batch in enumerate(batches):  # in one order, whoever scored what: the same sums, bit for bit

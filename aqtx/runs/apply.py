@@ -5,7 +5,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ class _Runner:
             return DocumentScores.from_json(read_record(file))
         spec = self.recipe.evaluate
         scores = evaluate_perplexity(
-            self._scorer(),
+            replace(self._scorer(), record=f"scores-{moment}"),
             documents,
             window=window_of(self.program.config, spec.window),
             batch_size=spec.batch_size,

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aqtx.blockwise.backward import Backward
+from aqtx.machine.tensor_record import load_tensors, save_tensors
 from aqtx.registry import Context
 from aqtx.sensitivity.measured import Request
 
@@ -42,25 +41,22 @@ class FisherRecord:
         """A block is done."""
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{_SUMS}/{name}": value for name, value in sums.items()}
         for batch in backward.runner.batches:
             for name, value in backward.gradients.get(str(batch), self.context.device).items():
-                tensors[f"{_GRADIENT}/{batch}/{name}"] = value.cpu().clone()
-        staged = self.file.with_suffix(".new")
-        save_file(tensors, staged, metadata={"block": str(block)})
-        staged.rename(self.file)
+                tensors[f"{_GRADIENT}/{batch}/{name}"] = value
+        save_tensors(self.file, tensors, block)
 
     def load(self, sums: dict[str, Tensor], backward: Backward) -> int | None:
         """The last block done, its sums and gradients restored; None where the measurement begins anew.
 
         Ranks go on only where all of them stand at one block.
         """
-        found = self._read()
-        blocks = self.context.ranks.gather(None if found is None else found[0])
+        found = None if self.file is None else load_tensors(self.file)
+        blocks = self.context.ranks.gather(None if found is None else found[1])
         if found is None or len(set(blocks)) > 1:
             return None
-        block, tensors = found
+        tensors, block = found
         gradients: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
@@ -71,14 +67,4 @@ class FisherRecord:
                 gradients.setdefault(place, {})[node] = value
         for batch in backward.runner.batches:
             backward.gradients.put(str(batch), gradients.get(str(batch), {}))
-        return block
-
-    def _read(self) -> tuple[int, dict[str, Tensor]] | None:
-        if self.file is None or not self.file.exists():
-            return None
-        try:
-            with safe_open(self.file, "pt") as stored:
-                names = list(stored.keys())
-                return int(stored.metadata()["block"]), {name: stored.get_tensor(name) for name in names}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            return None  # cut short by a full disk or a crash of the machine: measured again, to the same values
+        return int(block)
