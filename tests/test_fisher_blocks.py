@@ -168,8 +168,8 @@ class Stopping(Context):
             yield item
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
-def test_a_killed_measurement_goes_on_at_its_block(tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(("stop", "detail"), [(0, "direction"), (1, "direction"), (2, "direction"), (2, "element"), (1, "matrix")])
+def test_a_killed_measurement_goes_on_at_its_block(tmp_path: Path, stop: int, detail: Detail) -> None:
     """The same values, bit for bit, and no finished block again."""
     folder, ids = write_checkpoint(tmp_path / "model"), context_of(192).calibration()
 
@@ -178,8 +178,8 @@ def test_a_killed_measurement_goes_on_at_its_block(tmp_path: Path, stop: int) ->
         context = Stopping(seed=3, quiet=True, work=work, load_calibration=lambda: ids)
         context.left = left
         Stopping.ran.clear()
-        measure_fisher(program, requests(unique_sites(program).values(), FORMATS), context)
-        return {name: site.get("fisher") for name, site in unique_sites(program).items()}
+        measure_fisher(program, requests(unique_sites(program).values(), FORMATS), context, detail=detail)
+        return {name: site.get(KEYS[detail]) for name, site in unique_sites(program).items()}
 
     expected = measured(tmp_path / "unbroken", 100)
     with pytest.raises(Killed):

@@ -191,6 +191,16 @@ def test_the_rounded_model_goes_back(measured: Program, context: Context) -> Non
     assert measured.weights.written() == {}
 
 
+def test_a_rounded_model_that_does_not_fit_runs_block_by_block(measured: Program, context: Context) -> None:
+    """The same losses under plans in any order, whether blocks are read again or held."""
+    streamed, resident, ids = RoundedModel(measured, room=0), RoundedModel(measured), context.calibration()
+    plans = [{}, {"lm_head": "int2"}, {"model.layers.0.mlp.experts.0.up_proj": "int2", "lm_head": "int3"}, {}]
+    losses = [[mean_loss(model.use(plan), ids) for plan in plans] for model in (streamed, resident)]
+    assert streamed.use({}).streams and not resident.use({}).streams
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][0] == losses[0][3] and len(set(losses[0])) == 3
+
+
 def test_robust_z() -> None:
     z = robust_z(torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0]))
     assert z[2] == 0 and z[4] == 3 and float(z[3]) == pytest.approx(1 / 1.4826)

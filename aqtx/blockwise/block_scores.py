@@ -69,7 +69,7 @@ class BlockScorer:
             file = self._record_of(batches)
             done = self._start(runner.stream, batches, file)
             for index, block in enumerate(self.progress(self.blocks[done:-1], description="blocks"), done + 1):
-                runner.advance(block, runner.load_as_stands(block))
+                runner.advance(block, self.load(runner, block))
                 if file is not None:
                     runner.stream.save(file, index)
                 release_unused()
@@ -77,6 +77,10 @@ class BlockScorer:
         if file is not None:
             file.unlink(missing_ok=True)
         release_unused()
+
+    def load(self, runner: Runner, block: Block) -> Values:
+        """A block's parameters."""
+        return runner.load_as_stands(block)
 
     def _record_of(self, batches: Sequence[Tensor]) -> Path | None:
         """The file of this text's record; a resident model is one block and needs none."""
@@ -97,7 +101,7 @@ class BlockScorer:
 
     def _last(self, runner: Runner, block: Block) -> Iterator[Tensor]:
         [logits] = self.program.graph.output_node().all_input_nodes
-        weights = self._resident or runner.load_as_stands(block)
+        weights = self._resident or self.load(runner, block)
         if not self.streams:
             self._resident = weights
         for batch in range(len(runner.stream)):

@@ -23,8 +23,8 @@ def search(
     program: Program, options: Options, settings: Settings, context: Context, solve: Callable[[float], Allocation]
 ) -> tuple[Allocation, list[dict[str, Any]]]:
     """The smallest plan below the ceiling, and what was tried; InputError where even the largest is above it."""
-    ids = context.calibration().to(program.device)
-    model = RoundedModel(program)
+    ids = context.calibration()
+    model = RoundedModel(program, context.room(), context.work)
     before = mean_loss(model.use({}), ids)
     ceiling = before + math.log(settings.perplexity_ceiling)
     low, high = _ends(options, settings)

@@ -81,7 +81,7 @@ def _measure_directions(program: Program, wanted: Sequence[Request], ids: Tensor
     users = users_of(program, list(by_weight))
     sums = {site.name: torch.zeros(len(formats), len(ids), dtype=torch.float64) for site, formats in wanted}
     with text_gradients(program, users, ids, context) as backward:
-        record = FisherRecord.of(wanted, ids, context)
+        record = FisherRecord.of(wanted, ids, context, "direction")
         done = record.load(sums, backward)
         backward.forward(context.progress, done)
         for block in backward.backward(drawn_labels(backward.sizes, context), context.progress, done):
@@ -148,9 +148,12 @@ def _measure_diagonals(
     if twice:
         raise InputError(*(f"{problem}; its Fisher information is known along errors only" for problem in twice))
     num_tokens = ids.numel() - len(ids)
+    losses = {site.name: torch.zeros(len(formats), dtype=torch.float64) for site, formats in wanted}
     with text_gradients(program, users, ids[:, :-1], context) as backward:
-        backward.forward(context.progress)
-        for block in backward.backward(given_labels(backward.sizes, ids[:, 1:]), context.progress):
+        record = FisherRecord.of(wanted, ids, context, detail)
+        done = record.load(losses, backward)
+        backward.forward(context.progress, done)
+        for block in backward.backward(given_labels(backward.sizes, ids[:, 1:]), context.progress, done):
             for weight, node in _uses(users, block.nodes):
                 seen = [rows for _, rows in backward.rows_of(node)]
                 for site, formats in by_weight[weight]:
@@ -158,7 +161,12 @@ def _measure_diagonals(
                     context.ranks.add_up(F)
                     F /= num_tokens
                     F = F.mean() if detail == "matrix" else F
-                    annotate(site, KEYS[detail], weighted_errors(program, site, formats, 0.5 * F))
+                    found = weighted_errors(program, site, formats, 0.5 * F)
+                    losses[site.name].copy_(torch.tensor([found[fmt.name] for fmt in formats], dtype=torch.float64))
+            record.save(block.index, losses, backward)
+    for site, formats in wanted:
+        values = losses[site.name].tolist()
+        annotate(site, KEYS[detail], dict(zip([fmt.name for fmt in formats], values, strict=True)))
 
 
 def squared_gradients(site: Site, seen: Sequence[Rows], device: torch.device) -> Tensor:

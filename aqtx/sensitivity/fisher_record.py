@@ -29,12 +29,12 @@ class FisherRecord:
     context: Context
 
     @classmethod
-    def of(cls, wanted: Sequence[Request], ids: Tensor, context: Context) -> "FisherRecord":
-        """Named for what is measured: sites, formats, text and seed."""
+    def of(cls, wanted: Sequence[Request], ids: Tensor, context: Context, detail: str) -> "FisherRecord":
+        """Named for what is measured: sites, formats, text, seed and which detail of F."""
         if context.work is None:
             return cls(None, context)
         told = [[site.name, [fmt.name for fmt in formats]] for site, formats in wanted]
-        asked = json.dumps([told, ids.tolist(), context.seed])
+        asked = json.dumps([told, ids.tolist(), context.seed, detail])
         return cls(context.work / f"fisher-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors", context)
 
     def save(self, block: int, sums: dict[str, Tensor], backward: Backward) -> None:

@@ -50,7 +50,7 @@ class Study:
     def run(self) -> dict[str, Any]:
         """Score all arms, measure the truth on a sample of sites, and write study.json, study.md and the page."""
         settings = _settings(self.recipe)
-        model = RoundedModel(self.program)
+        model = RoundedModel(self.program, self.context.room(), self.context.work)
         before = self._scores(model, {}, "before")
         arms = self.spec.arms(settings)
         points = [self._point(model, arm) for arm in self.context.progress(arms, description="study")]

@@ -8,7 +8,7 @@ register(
         summary="the bits of method `base` lowered as far as a perplexity ceiling allows",
         options=(*OF_DECISIONS, *OF_COSTS, "average_bits", "cost_model", "base", "perplexity_ceiling", "search_steps"),
         needs_text=True,
-        walks=lambda own: ("resident", None),
+        walks=lambda own: ("forward", None),
         budget="optional",
         base=False,
     )
