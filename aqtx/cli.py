@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO, cast
 import aqtx
 from aqtx.commands import Command, apply, check, compare, eval, export, generate, ls, plan, report, study
 from aqtx.errors import InputError, nearest, printable
+from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.machine.signals import Stopped, ending_signals
 
 COMMANDS: tuple[Command, ...] = (
@@ -62,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for its users; read when it is imported
-    # oneDNN compiles a kernel for every shape and keeps 1024 of them, some hundred MB. Experts see another number of
-    # rows in every batch, so few are used again: with 128 the quickstart takes as long. Read when it computes first.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    keep_few_kernels()
     try:
         arguments = parse_arguments(words)
         # torchao registers its enums in a way that torch 2.13 logs a deprecation for; it is none of a user's business.

@@ -15,14 +15,11 @@ of the same text with the whole model in memory.
 
 import argparse
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as the command line does
 
 import torch
 from torch import Tensor

@@ -168,7 +168,10 @@ class Stopping(Context):
             yield item
 
 
-@pytest.mark.parametrize(("stop", "detail"), [(0, "direction"), (1, "direction"), (2, "direction"), (2, "element"), (1, "matrix")])
+KILLED = [(0, "direction"), (1, "direction"), (2, "direction"), (2, "element"), (1, "matrix")]
+
+
+@pytest.mark.parametrize(("stop", "detail"), KILLED)
 def test_a_killed_measurement_goes_on_at_its_block(tmp_path: Path, stop: int, detail: Detail) -> None:
     """The same values, bit for bit, and no finished block again."""
     folder, ids = write_checkpoint(tmp_path / "model"), context_of(192).calibration()

@@ -21,6 +21,7 @@ from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.files import read_json, read_record, write_record, write_text
 from aqtx.machine.marker import add_names
 from aqtx.machine.memory import peak_bytes, room_for_work
+from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
 from aqtx.program.codes import CODES
@@ -85,6 +86,7 @@ def apply_recipe(
     """
     if recipe.output is None:
         raise InputError("output: this key is required to apply a recipe")
+    keep_few_kernels()
     with RunDirectory(Path(recipe.output), resume=resume, overwrite=overwrite, leads=ranks.leads) as directory:
         complete = resume and all(ranks.gather(directory.complete))
         if complete:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.machine.memory import release_unused
+from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context, Pass
 from aqtx.runs.verify import Probe, check_graphs, compare, probe_batch, probe_outputs
@@ -132,6 +133,7 @@ def run(program: Program, passes: Iterable[Pass], *, calibration: Tensor | None 
     Raises:
         InputError: a pass lacks one that must come before it, or what it needs is missing or no token ids.
     """
+    keep_few_kernels()
     context = Context(seed=seed, device=program.device, quiet=False)
     if calibration is not None:
         _check_ids(calibration, program.config.get("vocab_size"))
