@@ -16,6 +16,7 @@ of the same text with the whole model in memory.
 import argparse
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,19 @@ def random_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         yield key, values.view(shape) if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
 
 
+class PeakDisk(PeakMemory):
+    """The same of the bytes below a folder, looked at every second."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(every_seconds=1.0)
+        self.folder, self.num_bytes = folder, 0
+
+    def measure(self) -> int:
+        """Bytes of all files, those that vanish meanwhile left out."""
+        found = subprocess.run(["du", "-sb", str(self.folder)], capture_output=True, text=True, check=False)
+        return int(found.stdout.split()[0]) if found.stdout else 0
+
+
 def run(source: Path, output: Path, limit: str) -> None:
     """Apply the quickstart and tell size, time and memory."""
     from aqtx.runs.apply import apply_recipe
@@ -71,18 +85,21 @@ def run(source: Path, output: Path, limit: str) -> None:
     recipe = load_recipe("quickstart", overrides | {"evaluate.max_tokens": 20_000})
     estimated: list[Need] = []
     started = time.perf_counter()
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, PeakDisk(output.parent) as disk:
         report = apply_recipe(recipe, overwrite=True, tell=estimated.extend).data
     written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"source {size / 1e9:.2f} GB, written {written / 1e9:.2f} GB")
     print(f"{report['average_bits']:.4f} bits a planned weight")
-    for row in report["passes"]:
-        print(f"  {row['name']:<16}{row['seconds']:>9.1f} s")
+    evaluations = report["evaluation_seconds"]
+    stages = [(f"evaluate {moment}", seconds) for moment, seconds in evaluations.items()]
+    stages[1:1] = [(row["name"], row["seconds"]) for row in report["passes"]]
+    for name, seconds in stages:
+        print(f"  {name:<16}{seconds:>9.1f} s")
     largest = max(need.peak for need in estimated)
     print(
         f"{time.perf_counter() - started:.0f} s in all; RssAnon + RssShmem at most {peak.num_bytes / 1e9:.2f} GB, "
-        f"estimated {largest / 1e9:.2f} GB"
+        f"estimated {largest / 1e9:.2f} GB; disk below the output at most {disk.num_bytes / 1e9:.2f} GB"
     )
     if peak.num_bytes > bytes_of(limit):
         raise SystemExit(f"more than the {limit} allowed")

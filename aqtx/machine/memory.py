@@ -88,8 +88,12 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.num_bytes = max(self.num_bytes, resident_bytes())
+        self.num_bytes = max(self.num_bytes, self.measure())
+
+    def measure(self) -> int:
+        """What is watched."""
+        return resident_bytes()
 
     def _watch(self) -> None:
         while not self._stop.wait(self._every):
-            self.num_bytes = max(self.num_bytes, resident_bytes())
+            self.num_bytes = max(self.num_bytes, self.measure())

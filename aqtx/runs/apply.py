@@ -126,6 +126,7 @@ class _Runner:
         self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not ranks.leads)
         self.context.ranks = ranks
         self.rows: list[dict[str, Any]] = []
+        self.evaluation_seconds: dict[str, float] = {}
 
     def run(self) -> Report:
         if not self.ranks.leads:
@@ -157,6 +158,7 @@ class _Runner:
             "passes": self.rows,
             "peak_memory_bytes": peak_bytes(),
             "seconds": round(time.perf_counter() - self.started, 2),
+            "evaluation_seconds": self.evaluation_seconds,
             "versions": versions(),
             "settings": self.recipe.resolved(),
         }
@@ -212,7 +214,7 @@ class _Runner:
         file = self.directory.work / f"scores-{moment}.json"
         if self.ranks.gather(file.exists())[0]:
             return DocumentScores.from_json(read_record(file))
-        spec = self.recipe.evaluate
+        spec, started = self.recipe.evaluate, time.perf_counter()
         scores = evaluate_perplexity(
             replace(self._scorer(), record=f"scores-{moment}"),
             documents,
@@ -220,6 +222,7 @@ class _Runner:
             batch_size=spec.batch_size,
             progress=self.context.progress,
         )
+        self.evaluation_seconds[moment] = round(time.perf_counter() - started, 2)
         if self.ranks.leads:
             write_record(file, scores.to_json())
         return scores
