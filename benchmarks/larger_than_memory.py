@@ -1,6 +1,7 @@
 """The quickstart on checkpoints larger than the memory that it may use.
 
     python benchmarks/larger_than_memory.py make large /data/olmoe-random     # 13.8 GB, once
+    python benchmarks/larger_than_memory.py make four-layers /data/olmoe-4    # 3.7 GB, the first four layers of it
     python benchmarks/larger_than_memory.py make small /data/small-random     # 0.85 GB
     python benchmarks/larger_than_memory.py run /data/small-random /data/out 1500MB
     python benchmarks/larger_than_memory.py fisher /data/small-random 8
@@ -43,7 +44,9 @@ POOL = 1 << 25  # random numbers that all matrices are cut from, at places of th
 def make(size: str, folder: Path) -> None:
     """Write the random checkpoint with a tokenizer."""
     folder.mkdir(parents=True)
-    config: dict[str, Any] = load_config(LARGE.parent) if size == "large" else load_config(locate("tinymoe")) | SMALL
+    config: dict[str, Any] = load_config(locate("tinymoe")) | SMALL if size == "small" else load_config(LARGE.parent)
+    if size == "four-layers":
+        config["num_hidden_layers"] = 4
     write_shards(random_tensors(config), folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in locate("tinymoe").glob("tokenizer*"):

@@ -41,8 +41,8 @@ class Gptq(Pass):
             channels alike; `none` leaves H alone.
         weighting: weigh an expert's tokens by its gate's `score` or `squared_score`, or count each once: `none`.
         inputs: H from what `rounded` blocks before it put out, or from the `original` model.
-        max_memory: bytes for moments, activations and the solver; null takes half of what is free. Results do not
-            depend on it.
+        max_memory: bytes for moments, activations and the solver, within the recipe's own max_memory; null takes what
+            that leaves, or half of what is free. Results do not depend on it.
         stream: where activations wait between blocks: `memory`, `disk`, or `auto`, on disk where they are large.
         tokens_per_batch: tokens that a block computes at a time.
     """
@@ -94,15 +94,15 @@ class Gptq(Pass):
         details["peak_memory_bytes"] = peak.num_bytes
         return Changes(changed=[site.name for site in sites], details=details)
 
-    @staticmethod
-    def _share(context: Context) -> int:
-        """Of a limit for the whole process all that is left; of what is free a half."""
-        return context.room() // (2 if context.max_memory is None else 1)
+    def _share(self, context: Context) -> int:
+        """Of a limit for the whole process all that is left; of what is free a half; never more than its own limit."""
+        room = context.room() // (2 if context.max_memory is None else 1)
+        return room if self.max_memory is None else min(room, self.max_memory)
 
     def _walk(self, program: Program, context: Context, scratch: Path) -> Walk:
         """The blocks, the stream at its start, and a budget for what is computed on the way."""
         ids = context.calibration()
-        limit = context.ranks.smallest(self.max_memory or self._share(context))
+        limit = context.ranks.smallest(self._share(context))
         blocks = split_blocks(program.graph, program.weights.specs)
         stream_bytes = ids.numel() * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
         on_disk = self.stream == "disk" or (self.stream == "auto" and stream_bytes > limit // 4)
