@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 import aqtx
 from aqtx.commands import Command, apply, check, compare, eval, export, generate, ls, plan, report, study
-from aqtx.errors import InputError, nearest, printable
+from aqtx.errors import InputError, Notice, nearest, printable
 from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.machine.signals import Stopped, ending_signals
 
@@ -142,7 +142,8 @@ def _show_warning(
 ) -> None:
     """This package's warnings as sentences; what libraries warn about is for their users, and shown when debugging."""
     if any(Path(filename).resolve().is_relative_to(folder) for folder in _SOURCES):
-        print(printable(f"aqtx: warning: {message}"), file=sys.stderr)
+        kind = "" if issubclass(category, Notice) else "warning: "
+        print(printable(f"aqtx: {kind}{message}"), file=sys.stderr)
     elif os.environ.get("AQTX_DEBUG"):
         print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
 

@@ -26,6 +26,10 @@ def _escape(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+class Notice(UserWarning):
+    """Something that was found and is right, told once where it is found: the command line prints it as it is."""
+
+
 def problems_of(attempt: Callable[[], object]) -> list[str]:
     """What an attempt has to say against its input; nothing where it succeeds."""
     try:

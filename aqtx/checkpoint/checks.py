@@ -64,10 +64,7 @@ def read_quantization(config: Mapping[str, Any], folder: Path) -> tuple[dict[str
     if not isinstance(found, dict):
         raise InputError(f"{where} must be an object, not {found!r:.80}")
     if found.get("quant_method") != _METHOD:
-        raise InputError(
-            f"{where}: the checkpoint is quantized already, by {found.get('quant_method')!r:.80}; give the model "
-            "that it was made from"
-        )
+        return {}, []
     check_version(found, where)
     formats, edits = found.get("formats", {}), found.get("edits", [])
     if not isinstance(formats, dict) or not all(isinstance(name, str) for name in formats.values()):

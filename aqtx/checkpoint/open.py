@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from aqtx.checkpoint.checks import read_quantization, verify
-from aqtx.checkpoint.exports.compressed_reader import CompressedReader, is_compressed
 from aqtx.checkpoint.exports.gguf_source import GgufSource
 from aqtx.checkpoint.huggingface.open import foreign_source, fused_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
+from aqtx.checkpoint.packed.open import PACKED_KEYS, open_reader, packing_of
 from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.checkpoint.source import CheckpointSource
-from aqtx.errors import InputError
+from aqtx.errors import InputError, Notice
 from aqtx.models import build, load_config, supported
 from aqtx.models.on_disk import left_out
 from aqtx.program.edits import edit_from_json
@@ -71,13 +71,16 @@ def open_program(
         return _open_gguf(Path(source), dtype)
     folder = locate(source)
     config = load_config(folder)
-    exported = is_compressed(config)
-    formats, edits = ({}, []) if exported else read_quantization(config, folder)
+    packing_of(config, folder)
+    formats, edits = read_quantization(config, folder)
     if check_files:
         verify(folder)
     if config_only:
         return _without_weights(config, dtype, folder)
-    reader = CompressedReader(folder) if exported else CheckpointReader(folder)
+    reader = open_reader(folder, config, dtype)
+    if reader.found is not None:  # from here on the weights are plain
+        warnings.warn(f"source: {reader.found}", Notice, stacklevel=2)
+        config = {key: value for key, value in config.items() if key not in PACKED_KEYS}
     dtype = dtype or reader.dtype()
     weights = CheckpointSource(reader, formats, dtype)
     if supported(config):
@@ -85,6 +88,7 @@ def open_program(
     else:
         program = trace_foreign(config, foreign_source(reader, config, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
+    program.packed_source = reader.found
     program.edit(*map(edit_from_json, edits))
     return program
 

@@ -85,6 +85,15 @@ class CheckpointReader:
         """A part of a tensor, one range a dimension: a view of the mapped file."""
         return self.get(key)[tuple(slice(part.start, part.stop, part.step) for part in parts)]
 
+    def own_dtype(self, key: str) -> torch.dtype | None:
+        """The floating-point dtype that a tensor is stored in, None for any other."""
+        return _FLOATS.get(self.entries[key].dtype)
+
+    @property
+    def found(self) -> str | None:
+        """What is packed in a way that is not ours, in words; None where nothing is."""
+        return None
+
     def dtype(self) -> torch.dtype:
         """The dtype of most weights; of a quantized checkpoint the one that config.json declares."""
         if any(key.endswith(".qdata") for key in self.entries):

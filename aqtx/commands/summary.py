@@ -67,8 +67,9 @@ def _totals(data: dict[str, Any]) -> str:
         count, sites = data["weights"][fate], data["sites"][fate]
         parts.append(f"{count:,} {fate} ({sites} matrices)")
     memory = format_bytes(data["peak_memory_bytes"])
+    source = f"source: {data['source']}\n" if data.get("source") else ""
     return (
-        f"{data['weights']['total']:,} weights = {' + '.join(parts)}\n"
+        f"{source}{data['weights']['total']:,} weights = {' + '.join(parts)}\n"
         f"{format_seconds(data['seconds'])}, at most {memory} of memory"
     )
 

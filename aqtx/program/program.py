@@ -29,6 +29,7 @@ class Program:
     dtype: torch.dtype
     device: torch.device = _CPU
     folder: Path | None = None
+    packed_source: str | None = None  # how the weights of the source were packed, in words; by others than aqtx
     plan: Plan | None = None
     codes: CodeStore = field(init=False)  # results of rounding by site
     emitted: bool = False  # whether graphs compute with the packed codes or with what they dequantize to

@@ -32,7 +32,13 @@ def summary(data: RunData) -> str:
         ("time", duration(report.get("seconds")), ""),
         ("peak memory", megabytes(report.get("peak_memory_bytes")), ""),
     ]
-    return html.tiles(entries) + _verdict(change) + _coverage(report)
+    return html.tiles(entries) + _source(report) + _verdict(change) + _coverage(report)
+
+
+def _source(report: dict[str, Any]) -> str:
+    """How the source's weights were packed, where they were."""
+    found = report.get("source")
+    return html.paragraph(f"Source: {found}; sizes are of the weights as they were decoded.") if found else ""
 
 
 def _parts(value: dict[str, Any] | None, digits: int, *, signed: bool = False) -> tuple[str, str]:

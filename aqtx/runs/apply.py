@@ -151,6 +151,7 @@ class _Runner:
         accounting = account(self.program, {refusal.site for refusal in refusals})
         data = {
             "name": self.directory.output.name,
+            "source": self.program.packed_source,
             **accounting.to_json(),
             "bytes": {"before": before_bytes, "after": accounting.bytes_after},
             **_perplexity(before, after, self.recipe.seed),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from aqtx.checkpoint.exports.compare import Checked, compare
-from aqtx.checkpoint.exports.compressed_reader import CompressedReader, packed_name
 from aqtx.checkpoint.exports.target import Job, Target
+from aqtx.checkpoint.packed.compressed import compressed_folder, packed_name
 from aqtx.checkpoint.shards import write_shards
 from aqtx.checkpoint.write import copy_tokenizer
 from aqtx.formats import QuantizedTensor
@@ -207,7 +207,7 @@ def write(job: Job) -> list[str]:
 
 def verify(job: Job) -> Checked:
     """Decode the folder and compare every value and name with the program's."""
-    reader, checked = CompressedReader(job.output), Checked()
+    reader, checked = compressed_folder(job.output), Checked()
     for key, value in job.plain():
         compare(checked, key, reader.get(key), value.to(job.program.dtype) if value.dtype == torch.float64 else value)
     for name in job.formats:
