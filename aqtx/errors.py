@@ -1,7 +1,8 @@
 """Bad input, told in sentences: one exception that carries every problem found."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -37,6 +38,35 @@ def problems_of(attempt: Callable[[], object]) -> list[str]:
     except InputError as error:
         return error.problems
     return []
+
+
+@contextmanager
+def malformed(what: str) -> Iterator[None]:
+    """Whatever a reader of foreign content stumbles over becomes one sentence on `what`; the cause stays attached.
+
+    For readers that trust their input, ours or a library's: what they raise on content that they were not made for is
+    of any type. `what` begins the sentence: "config.json: no model can be made of it".
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line and without its type."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
+    if isinstance(error, KeyError):
+        return f"{str(error)[:80]} is missing or unknown"
+    words = " ".join(str(error).split())
+    return printable(words[:300]) or f"{type(error).__name__} without a reason"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -1,12 +1,12 @@
 """The architectures that aqtx implements itself, by the `model_type` of config.json."""
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
+from aqtx.machine.files import read_json
 from aqtx.models.on_disk import text_config
 from aqtx.models.sanity import nonsense
 
@@ -37,19 +37,22 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
 
 def supported(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of an architecture implemented here."""
-    return config.get("model_type") in MODEL_TYPES
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in MODEL_TYPES
 
 
 def build(config: Mapping[str, Any]) -> "CausalLM":
     """The model of a config.json, with unset weights.
 
     Raises:
-        InputError: the architecture or one of its settings is not supported; names each.
+        InputError: the architecture or one of its settings is not supported or no setting; names each.
     """
     if not supported(config):
         raise InputError(f"config.json: model_type {config.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}")
     module, name = MODEL_TYPES[config["model_type"]]
-    model: CausalLM = getattr(importlib.import_module(f"aqtx.models.{module}"), name).from_dict(config)
+    architecture = getattr(importlib.import_module(f"aqtx.models.{module}"), name)
+    with malformed(f"config.json: no {config['model_type']} can be made of it"):
+        model: CausalLM = architecture.from_dict(config)
     return model
 
 
@@ -58,13 +61,11 @@ def load_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object")
-    config = text_config(config)
+    with malformed(f"{path}: its sections cannot be read"):
+        config = text_config(config)
     if problems := nonsense(config):
         raise InputError(*(f"{path}: {problem}" for problem in problems))
     if config.get("quantization_config", ...) is None:  # written so by some tools: not quantized

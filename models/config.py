@@ -1,6 +1,7 @@
 """config.json as the decoders read it: typed fields, HF's defaults, and every problem told at once."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +21,42 @@ class Fields:
         value = self.config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.problems.append(f"config.json: {key} must be a positive whole number, not {value!r}")
+            self.problems.append(f"config.json: {key} must be a positive whole number, not {value!r:.80}")
             return 1
         return value
 
     def number(self, key: str, default: float) -> float:
         """A real number."""
         value = self.config.get(key, default)
-        if not isinstance(value, (int, float)):
-            self.problems.append(f"config.json: {key} must be a number, not {value!r}")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            self.problems.append(f"config.json: {key} must be a finite number, not {value!r:.80}")
             return default
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """A truth value."""
-        return bool(self.config.get(key, default))
+        """A truth value; null counts as false."""
+        value = self.config.get(key, default)
+        if value not in (None, False, True):
+            self.problems.append(f"config.json: {key} must be true or false, not {value!r:.80}")
+        return bool(value)
 
     def only(self, key: str, supported: object) -> None:
         """Refuse by name any value other than the one supported; a missing key is the supported value."""
         value = self.config.get(key)
         if value is not None and value != supported:
             self.problems.append(f"config.json: {key} {value!r} is not supported, only {supported!r}")
+
+    def layer_types(self, supported: Sequence[str]) -> list[str] | None:
+        """The type of each layer where config.json lists them: supported ones, as many as there are layers."""
+        types = self.config.get("layer_types")
+        if types is None:
+            return None
+        if not isinstance(types, list) or len(types) != self.config.get("num_hidden_layers"):
+            self.problems.append("config.json: layer_types must be a list with an entry for each layer")
+            return None
+        unknown = [kind for kind in types if kind not in supported]
+        self.problems += [f"config.json: layer type {kind!r:.80} is not supported" for kind in unknown[:1]]
+        return None if unknown else types
 
     def partial_rotary_factor(self, default: float) -> float:
         """The share of a head's dimensions that positions rotate, in either spelling of the config."""
@@ -127,7 +143,5 @@ class DecoderConfig:
 
 def sliding_windows(fields: Fields, size: int | None, default_types: list[str]) -> tuple[int | None, ...]:
     """The window of each layer, from `layer_types` where config.json has it, else from the family's rule."""
-    types = fields.config.get("layer_types") or default_types
-    for kind in sorted(set(types) - {"full_attention", "sliding_attention"}):
-        fields.problems.append(f"config.json: layer type {kind!r} is not supported")
+    types = fields.layer_types(("full_attention", "sliding_attention")) or default_types
     return tuple(size if kind == "sliding_attention" else None for kind in types)

@@ -68,9 +68,7 @@ class Qwen3NextConfig:
 def linear_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Which layers have linear attention, from `layer_types` or all but every `full_attention_interval`-th."""
     every = fields.integer("full_attention_interval", 4)
-    kinds = fields.config.get("layer_types") or [KINDS[(i + 1) % every == 0] for i in range(layers)]
-    for kind in sorted(set(kinds) - set(KINDS)):
-        fields.problems.append(f"config.json: layer type {kind!r} is not supported")
+    kinds = fields.layer_types(KINDS) or [KINDS[(i + 1) % every == 0] for i in range(layers)]
     return tuple(kind == KINDS[0] for kind in kinds)
 
 

@@ -21,7 +21,7 @@ from aqtx.program.annotations import ANNOTATIONS, declare
 from aqtx.program.program import Program
 from aqtx.registry import Context
 from aqtx.runs.pipeline import run
-from aqtx.runs.schema import parse_fields
+from aqtx.schema import parse_fields
 from aqtx.sensitivity.measured import values
 from tests.tiny import OLMOE, write_checkpoint
 

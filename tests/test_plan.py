@@ -23,7 +23,7 @@ from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 from aqtx.registry import Context
 from aqtx.runs.pipeline import run
-from aqtx.runs.schema import parse_fields
+from aqtx.schema import parse_fields
 from aqtx.sensitivity.alpha import COLUMNS, alpha_csv
 from tests.tiny import OLMOE, write_checkpoint
 

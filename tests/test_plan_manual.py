@@ -160,7 +160,7 @@ def test_bad_schemes(scheme: dict[str, Any], words: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
-    for name, words in (("none.json", "No such file"), ("broken.json", "is not JSON")):
+    for name, words in (("none.json", "is missing"), ("broken.json", "is not valid JSON")):
         with pytest.raises(InputError, match=words):
             read_manual(str(tmp_path / name), NAMES)
 

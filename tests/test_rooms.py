@@ -11,6 +11,7 @@ ROOT = PACKAGE.parent
 # From the ground up. A room imports from itself and from lower floors; rooms of one floor know nothing of each other.
 FLOORS = (
     ("errors", "version"),
+    ("schema",),
     ("machine",),
     ("formats",),
     ("numerics",),

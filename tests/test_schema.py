@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from aqtx.errors import InputError
-from aqtx.runs.schema import parse_fields, plain
+from aqtx.schema import parse_fields, plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from aqtx.program.plan import Plan
 from aqtx.registry import Context
 from aqtx.report.write import write_report
 from aqtx.runs.recipe import Recipe, parse_recipe
-from aqtx.runs.schema import parse_fields
+from aqtx.schema import parse_fields
 from aqtx.study.correlate import correlations, held_out, measure_truth
 from aqtx.study.run import Study, study_recipe
 from aqtx.study.verdict import Point, study_json

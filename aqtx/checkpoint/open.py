@@ -13,15 +13,17 @@ from aqtx.checkpoint.exports.gguf_source import GgufSource
 from aqtx.checkpoint.huggingface.open import foreign_source, fused_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.packed.open import PACKED_KEYS, open_reader, packing_of
-from aqtx.checkpoint.reader import CheckpointReader
+from aqtx.checkpoint.reader import CheckpointReader, declared_dtype
 from aqtx.checkpoint.source import CheckpointSource
-from aqtx.errors import InputError, Notice
+from aqtx.errors import InputError, Notice, malformed
 from aqtx.models import build, load_config, supported
 from aqtx.models.on_disk import left_out
 from aqtx.program.edits import edit_from_json
 from aqtx.program.program import Program
 from aqtx.program.trace import build_program, copy_on_meta
 from aqtx.program.weights import ModuleSource
+
+_UNTRACED = "{folder}/config.json: no model can be made of these settings together"
 
 
 def trace(source: str | Path | nn.Module, dtype: torch.dtype | None = None) -> Program:
@@ -84,7 +86,8 @@ def open_program(
     dtype = dtype or reader.dtype()
     weights = CheckpointSource(reader, formats, dtype)
     if supported(config):
-        program = _open_own(reader, weights, config, dtype)
+        with malformed(_UNTRACED.format(folder=folder)):
+            program = _open_own(reader, weights, config, dtype)
     else:
         program = trace_foreign(config, foreign_source(reader, config, weights), dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
@@ -129,10 +132,9 @@ def _open_gguf(file: Path, dtype: torch.dtype | None) -> Program:
 
 def _without_weights(config: dict[str, Any], dtype: torch.dtype | None, folder: Path) -> Program:
     """A Program of a config.json alone; reading a weight is an error."""
-    declared = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return build_program(
-        lambda: build(config), _NoWeights(folder), config=config, dtype=dtype or getattr(torch, declared), folder=folder
-    )
+    dtype = dtype or declared_dtype(config, folder)
+    with malformed(_UNTRACED.format(folder=folder)):
+        return build_program(lambda: build(config), _NoWeights(folder), config=config, dtype=dtype, folder=folder)
 
 
 @dataclass(frozen=True)

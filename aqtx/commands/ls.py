@@ -58,7 +58,7 @@ def _wrap(text: str, indent: int) -> list[str]:
 
 
 def _default(field: "dataclasses.Field[object]") -> str:
-    from aqtx.runs.schema import describe, plain
+    from aqtx.schema import describe, plain
 
     if typing.get_origin(field.type) is typing.Annotated:
         return f"{describe(field.type)} = {plain(field.default)!r}"

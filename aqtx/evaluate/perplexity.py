@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aqtx.blockwise.block_scores import many_with, ranks_of, rows_at_once
 from aqtx.errors import InputError
+from aqtx.schema import parse_fields
 from aqtx.text.tokens import Document
 
 MAX_WINDOW = 2048  # tokens that a model is given at a time, unless its context is shorter or a recipe says more
@@ -58,9 +59,19 @@ class DocumentScores:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "DocumentScores":
-        """What `to_json` gave."""
-        arrays = {"nll": np.array(data["nll"]), "num_tokens": np.array(data["num_tokens"], dtype=np.int64)}
-        return cls(**{**data, **arrays, "domains": tuple(data["domains"])})
+        """What `to_json` gave.
+
+        Raises:
+            InputError: it is nothing of the kind.
+        """
+        told, problems = parse_fields(_Told, data if isinstance(data, dict) else {}, "scores")
+        if told is None:
+            raise InputError(*problems)
+        if not len(told.domains) == len(told.nll) == len(told.num_tokens):
+            raise InputError("scores: domains, nll and num_tokens are not of one length")
+        if not all(0 < count < 2**63 for count in told.num_tokens):
+            raise InputError("scores: num_tokens must be positive")
+        return cls(told.domains, np.array(told.nll), np.array(told.num_tokens, np.int64), told.window, told.context)
 
     def of(self, domain: str) -> "DocumentScores":
         """The scores of one domain's documents."""
@@ -72,6 +83,17 @@ class DocumentScores:
             self.window,
             self.context,
         )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """`DocumentScores` as JSON has it."""
+
+    domains: tuple[str, ...]
+    nll: list[float]
+    num_tokens: list[int]
+    window: int
+    context: int
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from aqtx.errors import InputError
 
 STAGED = ".new"  # what a file is called until it is whole
+_LARGEST_JSON = 500_000_000  # bytes: the plan of a model of a million matrices has less
 _AGAIN = "start again with --overwrite"
 
 
@@ -39,10 +40,16 @@ def text_digest(text: str) -> str:
 
 def write_text(file: Path, text: str) -> None:
     """Write a small file so that a reader finds the old one or the new one, whole, whatever happens in between."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """The same of bytes; folders above the file are made."""
     staged = file.with_name(file.name + STAGED)
-    with writing(file, len(text)):
-        with staged.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+    make_folder(file.parent)
+    with writing(file, len(content)):
+        with staged.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         staged.replace(file)
@@ -74,12 +81,16 @@ def read_json(file: Path) -> Any:
     """A JSON file's content.
 
     Raises:
-        InputError: it is no regular file, not UTF-8, not JSON, or nested too deeply.
+        InputError: it is no regular file, too large, not UTF-8, not JSON, or nested too deeply.
     """
-    if not file.is_file():  # a named pipe would be waited for
-        raise InputError(f"{file} is no file" if file.exists() else f"{file} is missing")
     try:
+        if not file.is_file():  # a named pipe would be waited for
+            raise InputError(f"{file} is no file" if file.exists() else f"{file} is missing")
+        if file.stat().st_size > _LARGEST_JSON:
+            raise InputError(f"{file} is larger than {_LARGEST_JSON:,} bytes, which no such file is")
         return json.loads(file.read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {' '.join(str(error).split())}") from None
     except OSError as error:

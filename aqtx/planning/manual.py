@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aqtx.errors import InputError, nearest
+from aqtx.machine.files import read_json
 from aqtx.planning.schemes import SCHEME_KEYS, SchemeReader
 from aqtx.program.plan import Plan
 from aqtx.program.roles import hint_for, matcher
@@ -43,17 +44,9 @@ def load_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     try:
-        if Path(str(source)).exists() and not Path(str(source)).is_file():  # a named pipe would be waited for
-            raise InputError(f"plan {source} is no file")
-        data = json.loads(Path(str(source)).read_text(encoding="utf-8"))
-    except InputError:
-        raise
-    except RecursionError:
-        raise InputError(f"plan {source} is not JSON: it is nested too deeply") from None
-    except OSError as error:
-        raise InputError(f"plan {source}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"plan {source} is not JSON: {error}") from None
+        data = read_json(Path(str(source)))
+    except InputError as error:
+        raise InputError(*(f"plan {problem}" for problem in error.problems)) from None
     if not isinstance(data, dict):
         raise InputError(f"plan {source} holds no mapping at the top")
     return data

@@ -1,10 +1,13 @@
 """The plan: which site gets which format, what it costs, and why a site is left as it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aqtx.errors import InputError
+from aqtx.schema import parse_fields
+
+_LISTED = 20  # problems that are told one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +56,32 @@ class Plan:
         return {**facts, "sites": {name: _entry_json(entry) for name, entry in self.sites.items()}}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Plan":
-        """The plan that `to_json` told."""
-        known = PlanEntry.__dataclass_fields__
-        sites = {
-            name: PlanEntry(**{key: value for key, value in entry.items() if key in known})
-            for name, entry in data["sites"].items()
-        }
-        facts = {key: data.get(key) for key in ("cost", "bound", "gap")}
-        return cls(sites=sites, method=data["method"], budget=data["budget"], warnings=data["warnings"], **facts)
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_json` told; keys that other versions wrote are passed over.
+
+        Raises:
+            InputError: an entry is missing or of another type; names every one.
+        """
+        told = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        if isinstance(told.get("sites"), Mapping):
+            told["sites"] = {name: _known(entry) for name, entry in told["sites"].items()}
+        plan, problems = parse_fields(cls, told, "plan")
+        if plan is None:
+            raise InputError(
+                *(problems[:_LISTED] + [f"and {len(problems) - _LISTED} more"] * (len(problems) > _LISTED))
+            )
+        return plan
 
     def check_sites(self, names: Iterable[str]) -> None:
         """Refuse a plan of another model: its sites must be these, and the first difference is named."""
         check_same_sites(list(self.sites), list(names))
+
+
+def _known(entry: Any) -> Any:
+    """An entry without the keys that other versions wrote."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {key: value for key, value in entry.items() if key in PlanEntry.__dataclass_fields__}
 
 
 def _entry_json(entry: PlanEntry) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Everything is optional. What is missing is `Absent`, a sentence that its section
 """
 
 import csv
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from aqtx.errors import InputError, printable
+from aqtx.machine.files import read_json
 from aqtx.program.roles import category_of, layer_of
 from aqtx.report.numbers import is_number
 
+_MOST_CELLS = 10_000_000  # of a map of layers and experts
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -84,7 +86,10 @@ class RunData:
         cells = {(s["layer"], s[column]): s.get(key) for s in sites if s["layer"] is not None and s[column] is not None}
         if not any(is_number(value) for value in cells.values()):
             return np.empty((0, 0))
-        grid = np.full((max(row for row, _ in cells) + 1, max(col for _, col in cells) + 1), np.nan)
+        shape = (max(row for row, _ in cells) + 1, max(col for _, col in cells) + 1)
+        if math.prod(shape) > _MOST_CELLS:
+            raise Absent(f"the names of sites ask for a map of {shape[0]} x {shape[1]} cells.")
+        grid = np.full(shape, np.nan)
         for place, value in cells.items():
             if is_number(value):
                 grid[place] = float(value)  # type: ignore[arg-type]
@@ -102,7 +107,7 @@ def read_run(directory: Path) -> RunData:
     _merge(data, _plan_rows(data.plan))
     _merge(data, _csv_rows(data, "alpha.csv"))
     _merge(data, ({"site": row["site"], "alpha_after": row["alpha"]} for row in _csv_rows(data, "alpha_after.csv")))
-    for row in data.report.get("passes", []):
+    for row in data.report.get("passes") or []:
         _merge(data, (dict(site) for site in (row.get("details") or {}).get("sites", []) if isinstance(site, dict)))
     if not data.report and not data.sites and not data.study:
         raise InputError(f"{directory} holds none of report.json, plan.json, alpha.csv and study.json: not a run")
@@ -114,11 +119,14 @@ def _read_json(data: RunData, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = read_json(path)
+    except InputError as error:
         data.problems.append(f"{name} cannot be read: {error}")
         return {}
-    shown: dict[str, Any] = _shown(value) if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        data.problems.append(f"{name} holds no object")
+        return {}
+    shown: dict[str, Any] = _shown(value)
     return shown
 
 

@@ -7,8 +7,10 @@ Relative paths are relative to the current directory, since the same recipe serv
 
 import copy
 import importlib
+import os
 import pkgutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +22,11 @@ from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.machine.memory import bytes_of
 from aqtx.planning.arms import StudySpec
 from aqtx.registry import Pass
-from aqtx.runs.schema import join, parse_fields, plain
 from aqtx.runs.yaml_text import apply_overrides, parse_overrides, parse_yaml
+from aqtx.schema import join, parse_fields, plain
 from aqtx.text.tokens import CalibrationSpec
 
+_MOST_CHARACTERS = 1_000_000  # PyYAML takes seconds for so much
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -81,9 +84,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     """
     path = find_recipe(source)
     try:
-        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(_MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text: {error}") from None
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"{path}: a recipe of more than {_MOST_CHARACTERS:,} characters is none")
+    document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
         raise InputError(
             f"{path}: a recipe is a mapping with the keys {', '.join(item.name for item in fields(Recipe))}"
@@ -93,6 +100,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] | Mapping[str, Any]
 
 def parse_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Validate a recipe that is already plain data; `overrides` has dotted keys."""
+    if not isinstance(document, Mapping):
+        raise InputError(f"a recipe is a mapping, not {document!r:.80}")
     values = copy.deepcopy(dict(document))
     problems = apply_overrides(values, overrides or {})
     passes, found = _parse_passes(values.pop("passes", None))
@@ -105,9 +114,12 @@ def parse_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | Non
 
 def find_recipe(source: str | Path) -> Path:
     """A recipe's file, or the shipped one of that name."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"a recipe is a file, a shipped name or a mapping, not {source!r:.80}")
     path = Path(source)
-    if path.is_file():
-        return path
+    with suppress(OSError, ValueError):  # no name that a file system takes
+        if path.is_file():
+            return path
     names = shipped_recipes()
     if str(source) in names:
         return names[str(source)]

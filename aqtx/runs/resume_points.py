@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
 from aqtx.machine.files import read_record, sha256, write_record, writing
 from aqtx.program.codes import CODES
 from aqtx.program.edits import edit_from_json
@@ -45,7 +45,11 @@ def restore_state(program: Program, folder: Path) -> list[dict[str, Any]]:
     """Bring a freshly traced program to the last resume point, if there is one; the report rows so far."""
     if not (folder / _STATE).exists():
         return []
-    state = read_record(folder / _STATE)
+    with malformed(f"{folder / _STATE}: resume data of another version; start again with --overwrite"):
+        return _restore(program, read_record(folder / _STATE), folder)
+
+
+def _restore(program: Program, state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     file = folder / state["weights"]["file"]
     if not file.exists() or sha256(file) != state["weights"]["sha256"]:
         raise InputError(

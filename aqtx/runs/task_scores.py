@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from aqtx.blockwise.block_scores import BlockScorer
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
 from aqtx.evaluate.arms import run_program_tasks
 from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.evaluate.tasks import TaskScores
@@ -33,7 +33,8 @@ def score_tasks(
             raise InputError(
                 f"{log}: resume data is missing or damaged (its SHA-256 differs); start again with --overwrite"
             )
-        return {name: _from_json(name, data) for name, data in json.loads(text).items()}
+        with malformed(f"{log}: resume data of another version; start again with --overwrite"):
+            return {name: _from_json(name, data) for name, data in json.loads(text).items()}
     scores = run_program_tasks(program, spec, scorer)
     make_folder(log.parent)
     text = json.dumps({name: _to_json(found) for name, found in scores.items()}, default=str)

@@ -25,7 +25,7 @@ from aqtx.runs.fingerprint import source_hashes
 from aqtx.runs.opening import program_of, recipe_context
 from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import Recipe
-from aqtx.runs.schema import plain
+from aqtx.schema import plain
 from aqtx.sensitivity.rounded_model import RoundedModel
 from aqtx.study.correlate import Truth, correlations, held_out, measure_truth
 from aqtx.study.verdict import Point, study_json, study_markdown

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
 from aqtx.text.sources import Passage, read_passages
 
 T = TypeVar("T")
@@ -86,11 +86,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     if not any(folder.glob("tokenizer*")):
         raise InputError(f"{folder} holds no tokenizer (tokenizer.json), so text cannot be read for this model")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # A document longer than the model's context is cut into windows here, so the tokenizer need not warn about it.
-    tokenizer.model_max_length = 10**30
+    with malformed(f"{folder}: the tokenizer cannot be read"):
+        # without an answer beforehand, code that comes with a tokenizer is asked about at the terminal
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        # A document longer than the model's context is cut into windows here, so the tokenizer need not warn about it.
+        tokenizer.model_max_length = 10**30
+        _try_out(tokenizer)
     found: Tokenizer = tokenizer
     return found
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Use a tokenizer once: some files are only found out by their first word."""
+    ids, end = tokenizer.encode(_PROBE), tokenizer.eos_token_id
+    if not all(type(token) is int and token >= 0 for token in [*ids, *([] if end is None else [end])]):
+        raise ValueError("it gives no token ids")
+    tokenizer.decode(ids)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool = False) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aqtx.checkpoint.huggingface import experts
 from aqtx.checkpoint.huggingface.norms import canonical_norms
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
 
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
@@ -38,13 +38,13 @@ def blank(config: Mapping[str, Any]) -> nn.Module:
         raise InputError(f"config.json: model_type {kind!r} is known neither to aqtx nor to transformers")
     experts.register()
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    with torch.device("cpu"), parameters_on_meta():
-        try:
-            made = CONFIG_MAPPING[kind].from_dict(plain)
-            model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-        except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"transformers makes no causal language model of {kind!r}: {reason}") from None
+    with (
+        malformed(f"config.json: transformers makes no causal language model of {kind!r}"),
+        torch.device("cpu"),
+        parameters_on_meta(),
+    ):
+        made = CONFIG_MAPPING[kind].from_dict(plain)
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     return model.eval()
 
 
