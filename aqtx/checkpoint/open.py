@@ -15,6 +15,7 @@ from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.packed.open import PACKED_KEYS, open_reader, packing_of
 from aqtx.checkpoint.reader import CheckpointReader, declared_dtype
 from aqtx.checkpoint.source import CheckpointSource
+from aqtx.checkpoint.tied import untied
 from aqtx.errors import InputError, Notice, malformed
 from aqtx.models import build, load_config, supported
 from aqtx.models.on_disk import left_out
@@ -89,7 +90,8 @@ def open_program(
         with malformed(_UNTRACED.format(folder=folder)):
             program = _open_own(reader, weights, config, dtype)
     else:
-        program = trace_foreign(config, foreign_source(reader, config, weights), dtype, folder)
+        places, config = foreign_source(reader, config, weights)
+        program = trace_foreign(config, places, dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
     program.packed_source = reader.found
     program.edit(*map(edit_from_json, edits))
@@ -101,9 +103,12 @@ def _open_own(
 ) -> Program:
     """A Program of one of our own families; its tensors lie under our names, or as transformers lays them out."""
     folder = reader.folder
-    shapes = {name: tuple(value.shape) for name, value in build(config).named_parameters()}
+    with torch.device("meta"):
+        model = build(config)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     laid_out = None if weights.formats else fused_source(reader, config, shapes)
     source = weights if laid_out is None else laid_out
+    config = untied(config, model, source.stored, folder)
     program = build_program(lambda: build(config), source, config=config, dtype=dtype, folder=folder)
     tied = program.weights.tied
     wanted = {name: spec.shape for name, spec in program.weights.specs.items() if name not in tied}

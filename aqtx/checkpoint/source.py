@@ -29,6 +29,10 @@ class CheckpointSource:
             return MixedExperts.from_experts(experts, self.dtype)
         return torch.stack(experts)
 
+    def stored(self, name: str) -> Tensor | None:
+        """A parameter as it lies in the file under its own name, None where it does not."""
+        return self.reader.get(name) if name in self.reader else None
+
     def expert(self, name: str, index: int) -> Tensor:
         """One expert's matrix."""
         return self._matrix(expert_key(name, index), self.shapes[name][1:])

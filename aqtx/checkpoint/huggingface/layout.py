@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aqtx.checkpoint.huggingface import experts
@@ -26,17 +27,26 @@ from aqtx.program.names import Shape
 
 @dataclass(frozen=True)
 class PieceSource:
-    """Weights by parameter name, each put together from stored tensors when it is asked for."""
+    """Weights by parameter name, each put together from stored tensors when it is asked for.
+
+    Contiguous, and stacks copied, as those are that lie in a checkpoint of ours expert by expert: products of strided
+    or unaligned matrices are rounded in another order.
+    """
 
     pieces: Mapping[str, Piece]
 
     def parameter(self, name: str) -> Tensor:
         """The whole parameter."""
-        return self.pieces[name].read()
+        value = self.pieces[name].read()
+        return value.contiguous() if value.dim() < 3 else value.clone(memory_format=torch.contiguous_format)
+
+    def stored(self, name: str) -> Tensor | None:
+        """A parameter, None where the file does not have it."""
+        return self.pieces[name].read() if name in self.pieces else None
 
     def expert(self, name: str, index: int) -> Tensor:
         """One expert's matrix; the others are not read."""
-        return self.pieces[name].select(0, index).read()
+        return self.pieces[name].select(0, index).read().contiguous()
 
     def check(self, shapes: Mapping[str, Shape], folder: Path) -> None:
         """InputError where a parameter has no pieces, or pieces of another shape."""

@@ -13,6 +13,8 @@ from aqtx.checkpoint.huggingface.layout import PieceSource, layout_of
 from aqtx.checkpoint.huggingface.names import to_disk
 from aqtx.checkpoint.huggingface.skeleton import canonical_tensors, skeleton
 from aqtx.checkpoint.reader import CheckpointReader
+from aqtx.checkpoint.source import CheckpointSource
+from aqtx.checkpoint.tied import untied
 from aqtx.errors import InputError
 from aqtx.models import build, supported
 from aqtx.program.program import Program
@@ -51,18 +53,24 @@ def trace_loaded(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     return build_program(lambda: build(config), ModuleSource(tensors), config=config, dtype=dtype)
 
 
-def foreign_source(reader: CheckpointReader, config: Mapping[str, Any], lazy: Any) -> Any:
-    """`lazy`, which reads the folder's own names, where they fit; else what transformers' layouts lead to."""
+def foreign_source(
+    reader: CheckpointReader, config: dict[str, Any], lazy: CheckpointSource
+) -> tuple[Any, dict[str, Any]]:
+    """`lazy`, which reads the folder's own names, where they fit; else what transformers' layouts lead to.
+
+    Beside it the config, which no longer ties a head that the file holds with other values.
+    """
     made = skeleton(config)
     names = dict(made.named_parameters())  # a tied head appears once, as on disk
     shapes = {name: tuple(value.shape) for name, value in names.items()}
+    source: Any = lazy
     try:
         reader.check(shapes, quantized=lazy.formats, tied=made.state_dict().keys() - names.keys())
     except InputError:
         if lazy.formats:  # our own checkpoint has our own names: what is wrong with it is wrong
             raise
-        return _translated(reader, config)
-    return lazy
+        source = _translated(reader, config)
+    return source, untied(config, made, source.stored, reader.folder)
 
 
 def fused_source(
