@@ -12,8 +12,6 @@ from aqtx.registry import Changes, Context, Pass, register
 class UnfreezeRouter(Pass):
     """Mark routers as trainable; everything else stays as it is, byte for byte.
 
-    router  ->  router{trainable: true}
-
     Fields:
         shared_expert_gate: also train the gate of a shared expert (Qwen2-MoE).
     """
@@ -35,7 +33,7 @@ class UnfreezeRouter(Pass):
         return None
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
-        """Annotate."""
-        for site in sites:
-            site.set("trainable", True)
+        """Remember the names."""
+        names = [site.weight for site in sites]
+        program.trainable = list(dict.fromkeys([*program.trainable, *names]))
         return Changes(changed=[site.name for site in sites], details={"parameters": sum(s.numel for s in sites)})

@@ -258,5 +258,5 @@ def test_the_quickstarts_page_holds_its_figures_and_says_what_it_has_not(quickst
         "clusters",
     }
     assert set(re.findall(r'id="figure-([a-z_]+)"', page)) == drawn
-    assert "No router was finetuned in this run" in page
+    assert "No router was trained in this run" in page
     assert "This run has no task results" in page

@@ -28,7 +28,7 @@ class Frozen:
         now = dict(_digests(program, self.excepted))
         changed = [name for name in self.digests.keys() | now.keys() if self.digests.get(name) != now.get(name)]
         if changed:
-            raise RuntimeError(f"router finetuning changed {len(changed)} other tensors, first {min(changed)}")
+            raise RuntimeError(f"training changed {len(changed)} other tensors, first {min(changed)}")
 
 
 def _digests(program: Program, excepted: frozenset[str]) -> Iterator[tuple[str, str]]:

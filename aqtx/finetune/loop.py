@@ -1,8 +1,8 @@
-"""The training loop: AdamW over the routers, warm-up, clipping, early stop; the best step kept if clearly better."""
+"""The training loop: AdamW, warm-up, clipping, early stop; the best step kept if clearly better."""
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """Routers at their best held-out step, and how it went."""
+    """Weights at their best held-out step, and how it went."""
 
     weights: dict[str, Tensor]
     curve: list[dict[str, Any]]
@@ -48,6 +48,7 @@ class Trainer:
 
     def __init__(self, student: Routed, teacher: Routed | None, loss: LossWeights, schedule: Schedule) -> None:
         self.student, self.teacher, self.loss, self.schedule = student, teacher, loss, schedule
+        self.rates: Mapping[str, float] = {}  # factors of the learning rate by weight name, 1 where there is none
         self.compiled = False
         self._objective: Callable[[dict[str, Tensor], Tensor], Tensor] = self._eager
 
@@ -81,16 +82,16 @@ class Trainer:
         weights = {name: value.clone().requires_grad_() for name, value in start.items()}
         batches = list(_batches(len(training), self.schedule, seed))
         self._maybe_compile(sum(map(len, batches)) * training.shape[1])
-        optimizer = torch.optim.AdamW(
-            weights.values(), lr=self.schedule.learning_rate, weight_decay=self.schedule.weight_decay
-        )
+        rate = self.schedule.learning_rate
+        groups = [{"params": [value], "lr": rate * self.rates.get(name, 1.0)} for name, value in weights.items()]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.schedule.weight_decay)
         shape = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(len(batches), self.schedule))
         every = max(1, len(batches) // self.schedule.checks)
         untrained = _Best(start, self.held_out(weights, validation))
         best = copy.copy(untrained)
         curve: list[dict[str, Any]] = [{"step": 0, "training": None, "validation": best.mean}]
         losses: list[float] = []
-        for step in progress(range(1, len(batches) + 1), description="finetune_router"):
+        for step in progress(range(1, len(batches) + 1), description="training"):
             losses.append(self._step(weights, training[batches[step - 1]], optimizer))
             shape.step()
             if step % every == 0 or step == len(batches):

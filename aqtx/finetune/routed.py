@@ -1,8 +1,8 @@
-"""A program as a trainable function: ids -> logits and the router logits of every mixture, routers as arguments.
+"""A program as a trainable function: ids -> logits and the router logits of every mixture, what trains as arguments.
 
 The student computes with the values of the codes (`rounded`) and with quantized activations where the plan has them;
-the teacher is the same graph over the weights before rounding, without activation quantization. Trained routers are
-float32 masters that are rounded to the graph's dtype on every call, so what is trained is what will be stored.
+the teacher is the same graph over the weights before rounding, without activation quantization. What trains is
+a float32 master that is rounded to its parameter's dtype on every call, so what is trained is what will be stored.
 """
 
 from collections import deque
@@ -24,11 +24,10 @@ class Routed:
 
     module: fx.GraphModule
     routers: tuple[str, ...]  # weight names of the routers, in graph order
-    dtype: torch.dtype
 
     def __call__(self, ids: Tensor, trained: Mapping[str, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ids [B, S] -> logits [B, S, V] and per router logits [B * S, E]; `trained` replaces weights by name."""
-        values = {name: value.to(self.dtype) for name, value in (trained or {}).items()}
+        values = {name: value.to(self.module.get_parameter(name).dtype) for name, value in (trained or {}).items()}
         logits, *routed = torch.func.functional_call(self.module, values, (ids,))
         return logits, tuple(router.flatten(0, -2) for router in routed)
 
@@ -45,7 +44,7 @@ def routed(program: Program, *, rounded: bool) -> Routed:
         _drop_activation_quantization(module.graph)
     routers = _return_router_logits(module, router_sites(program))
     module.recompile()
-    return Routed(module, routers, program.dtype)
+    return Routed(module, routers)
 
 
 def router_sites(program: Program) -> list[Site]:

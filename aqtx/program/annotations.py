@@ -90,6 +90,5 @@ for _row in (
     ("activation", str, "the plan's format of the inputs; none where they stay as they are"),
     ("why", str, "why the plan says so; empty where the method decided"),
     ("rotation", dict, "block of the rotation that the plan asks for before the matrix"),
-    ("trainable", bool, "whether `finetune_router` may change the matrix"),
 ):
     declare(*_row)

@@ -35,6 +35,7 @@ class Program:
     emitted: bool = False  # whether graphs compute with the packed codes or with what they dequantize to
     edits: list[Edit] = field(default_factory=list)  # structural edits so far, replayed at load
     history: list[str] = field(default_factory=list)  # names of the passes that ran
+    trainable: list[str] = field(default_factory=list)  # parameters that training passes may change
     trace_entry: Callable[[str], fx.GraphModule] | None = None
 
     @property

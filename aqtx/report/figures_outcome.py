@@ -37,14 +37,19 @@ def _end(interval: dict[str, Any], key: str) -> float:
     return float(end if is_number(end) else interval["value"])  # type: ignore[arg-type]
 
 
+def trained(data: RunData) -> dict[str, Any]:
+    """What the training pass of a run told; nothing where none ran."""
+    return data.details("distill") or data.details("finetune_router")
+
+
 def router_shift(data: RunData) -> Figure:
     """Share of tokens whose set of experts differs from the unquantized model's, per layer."""
-    layers = data.details("finetune_router").get("layers")
+    layers = trained(data).get("layers")
     if not layers:
-        raise Absent("no router was finetuned in this run.")
+        raise Absent("no router was trained in this run.")
     figure, [axes] = panels(1, 1)
     places = np.arange(len(layers))
-    for offset, key, label in ((-0.2, "shift_before", "before finetuning"), (0.2, "shift_after", "after")):
+    for offset, key, label in ((-0.2, "shift_before", "before training"), (0.2, "shift_after", "after")):
         axes.bar(places + offset, [100 * row[key] for row in layers], 0.4, label=label, color=PALETTE[offset > 0])
     axes.set_xticks(places, [str(row["layer"]) for row in layers])
     axes.set(xlabel="layer", ylabel="tokens with other experts, %")
@@ -53,10 +58,10 @@ def router_shift(data: RunData) -> Figure:
 
 
 def finetune_curve(data: RunData) -> Figure:
-    """Loss of router finetuning, on training batches and on held-out text."""
-    curve = data.details("finetune_router").get("curve")
+    """Loss of training, on training batches and on held-out text."""
+    curve = trained(data).get("curve")
     if not curve:
-        raise Absent("no router was finetuned in this run.")
+        raise Absent("nothing was trained in this run.")
     figure, [axes] = panels(1, 1)
     for index, key in enumerate(("training", "validation")):
         points = [(row["step"], row[key]) for row in curve if is_number(row.get(key))]
@@ -67,10 +72,10 @@ def finetune_curve(data: RunData) -> Figure:
 
 
 def router_load(data: RunData) -> Figure:
-    """Expert loads after router finetuning, in units of an even share."""
-    layers = data.details("finetune_router").get("layers")
+    """Expert loads after training, in units of an even share."""
+    layers = trained(data).get("layers")
     if not layers or not layers[0].get("load_after"):
-        raise Absent("no router was finetuned in this run.")
+        raise Absent("no router was trained in this run.")
     return draw_grids(
         {when: np.array([row[f"load_{when}"] for row in layers]) for when in ("before", "after")},
         "share of an even load",

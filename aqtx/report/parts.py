@@ -85,8 +85,8 @@ PARTS = (
         None,
         {
             "router_shift": (figures_outcome.router_shift, "Tokens whose experts differ from the unquantized model's."),
-            "router_curve": (figures_outcome.finetune_curve, "Loss during router finetuning."),
-            "router_load": (figures_outcome.router_load, "Expert loads before and after router finetuning."),
+            "router_curve": (figures_outcome.finetune_curve, "Loss during training."),
+            "router_load": (figures_outcome.router_load, "Expert loads before and after training."),
         },
     ),
     Part(

@@ -32,6 +32,7 @@ def save_state(program: Program, rows: list[dict[str, Any]], folder: Path) -> No
         "annotations": {site.weight: site.node.meta.get("custom", {}).get("aqtx", {}) for site in program.sites()},
         "codes": program.codes.to_json(),
         "emitted": program.emitted,
+        "trainable": program.trainable,
         "rows": rows,
         "weights": {"file": file.name, "sha256": sha256(file), "changes": changes},
     }
@@ -59,6 +60,7 @@ def _restore(program: Program, state: dict[str, Any], folder: Path) -> list[dict
     program.history.extend(state["history"])
     program.plan = None if state["plan"] is None else Plan.from_json(state["plan"])
     program.emitted = state["emitted"]
+    program.trainable = state["trainable"]
     program.codes.restore(state["codes"], folder / CODES)
     for site in program.sites():
         site.node.meta.setdefault("custom", {})["aqtx"] = state["annotations"][site.weight]
