@@ -19,7 +19,9 @@ from tests.model_cases import oracle
 from tests.quantized_folders import quantized, with_tokenizer
 
 # one format for each type and each way of filling it
-FORMATS = ("int4_g32", "int4", "int3_g64", "int2_g64", "int8_g32", "int6_row", "int6", "fp6", "mxfp4", "mxfp6", "nvfp4")
+FORMATS = (
+    *("int4_g32", "int4", "int3_g64", "int2_g64", "int8_g32", "int6_row", "int6", "int5", "fp6", "mxfp4", "mxfp6", "nvfp4"),
+)
 VOCABULARY = {"vocab_size": 3072, "bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -69,7 +71,7 @@ def test_llama_cpp_decodes_every_value_as_ours(dense: tuple[Path, Path]) -> None
         if not np.allclose(values, own, rtol=2**-22 if tensor.tensor_type.name == "NVFP4" else 0, atol=0):
             unlike.append(site.name)
     assert unlike == []
-    assert kinds == {"Q4_0", "Q8_0", "Q6_K", "MXFP4", "NVFP4"} and {kind.lower() for kind in kinds} <= {
+    assert kinds == {"Q4_0", "Q5_0", "Q8_0", "Q6_K", "MXFP4", "NVFP4"} and {kind.lower() for kind in kinds} <= {
         name.lower() for name in DECODERS
     }
 

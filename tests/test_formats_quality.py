@@ -128,6 +128,7 @@ def test_the_disk_layout_is_lossless_and_exactly_as_long(name: str, num_columns:
 @pytest.mark.parametrize(("name", "codes", "expected"), [
     ("mxfp4", [1, 2, 3, 4], [0x21, 0x43]),
     ("int6", [1, 2, 3, 4], [0b10_000001, 0b0011_0000, 0b000100_00]),
+    ("int5", [1, 2, 3, 4, 5, 6, 7, 31], [0b010_00001, 0b0_00011_00, 0b0101_0010, 0b11_00110_0, 0b11111_001]),
     ("int3", [1, 2, 3, 4, 5, 6, 7, 0], [0b11_010_001, 0b0_101_100_0, 0b000_111_11]),
     ("int2", [1, 2, 3, 0], [0b00_11_10_01]),
     ("int8", [1, 255], [1, 255]),
@@ -141,7 +142,7 @@ def test_bit_positions_on_disk(name: str, codes: list[int], expected: list[int])
     assert from_disk_order(packed, bits, len(codes)).tolist() == codes
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_bit_positions_in_memory(bits: int) -> None:
     from aqtx.formats.packing import PLANES, pack, unpack
 

@@ -12,7 +12,7 @@ from aqtx.planning.settings import Settings
 
 BITS = {
     "mxfp4": 4.25, "mxfp6": 6.25, "mxfp6_e3m2": 6.25, "mxfp8": 8.25, "mxfp8_e5m2": 8.25, "bf16": 16,
-    "int2": 2.125, "int3": 3.125, "int3_asym": 3.1875, "int4_g32": 4.5, "int4": 4.125, "int4_g64_asym": 4.375,
+    "int2": 2.125, "int3": 3.125, "int3_asym": 3.1875, "int4_g32": 4.5, "int5_g32_asym": 5.75, "int4": 4.125, "int4_g64_asym": 4.375,
     "int8": 8.125, "int8_row": 8 + 16 / 2048, "fp4": 4.125, "fp6": 6.125, "fp8_g32": 8.5,
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_scale_rule_overrides_the_name() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mxpf4", "did you mean 'mxfp4'"), ("int5", "unknown format"), ("int4_g48", "must be one of 32, 64, 128"),
+        ("mxpf4", "did you mean 'mxfp4'"), ("int7", "unknown format"), ("int4_g48", "must be one of 32, 64, 128"),
         ("mxfp4_g64", "fixed at 32"), ("mxfp4_row", "fixed at 32"), ("mxfp4@evn", "did you mean 'even'"),
         ("fp4_asym", "only integer formats"), ("", "unknown format"),
     ],

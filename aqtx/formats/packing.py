@@ -5,7 +5,7 @@ On disk (row-major, low bits first): element i of a row of b-bit codes occupies 
 this is OCP's and torchao's order: byte = element 2j | element 2j+1 << 4.
 
 In memory (split planes): a code is cut into planes whose widths are powers of two, low bits first
-(3 = 2 + 1, 6 = 4 + 2; others are one plane). A row is its planes one after the other. A plane of p
+(3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; others are one plane). A row is its planes one after the other. A plane of p
 bits is a sequence of 16-byte slabs; byte j of a slab holds elements j, j+16, j+32, ... of the slab's
 128/p elements, the earliest in the lowest bits. So 16 neighbouring bytes decode to 16 neighbouring
 elements with one shift and one mask, which is what vector units (and Inductor's vectoriser) do well;
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LANES = 16
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
 def stored(values: Tensor) -> Tensor:
@@ -123,4 +123,4 @@ def _group(bits: int) -> tuple[int, int, torch.dtype]:
     """The fewest codes that are whole bytes, those bytes, and a dtype that holds them."""
     count = 8 // math.gcd(bits, 8)
     size = count * bits // 8
-    return count, size, torch.uint8 if size == 1 else torch.int32
+    return count, size, torch.uint8 if size == 1 else torch.int32 if size < 4 else torch.int64

@@ -59,7 +59,7 @@ BF16_SCALE = ScaleKind("bf16", 2, ("amax", "search"))
 NVFP4_SCALE = ScaleKind("e4m3", 1, ("amax", "search"), per_matrix_bytes=4)
 NO_SCALE = ScaleKind("none", 0, ("none",))
 
-_INTS = {bits: Element(f"int{bits}", bits, largest=2 ** (bits - 1) - 1) for bits in (2, 3, 4, 6, 8)}
+_INTS = {bits: Element(f"int{bits}", bits, largest=2 ** (bits - 1) - 1) for bits in (2, 3, 4, 5, 6, 8)}
 _E2M1 = Element("e2m1", 4, mantissa_bits=1, exponent_bias=1, largest=6.0)
 _E2M3 = Element("e2m3", 6, mantissa_bits=3, exponent_bias=1, largest=7.5)
 _E3M2 = Element("e3m2", 6, mantissa_bits=2, exponent_bias=3, largest=28.0)
@@ -117,6 +117,7 @@ _ROWS: dict[str, tuple[Element, int, ScaleKind, str]] = {
     "int2": (_INTS[2], 128, BF16_SCALE, "search"),
     "int3": (_INTS[3], 128, BF16_SCALE, "search"),
     "int4": (_INTS[4], 128, BF16_SCALE, "search"),
+    "int5": (_INTS[5], 128, BF16_SCALE, "amax"),
     "int6": (_INTS[6], 128, BF16_SCALE, "amax"),
     "int8": (_INTS[8], 128, BF16_SCALE, "amax"),
     "fp4": (_E2M1, 128, BF16_SCALE, "amax"),

@@ -16,7 +16,7 @@ ORACLE = {
     "e5m2": gf.format_info_ocp_e5m2,
 }
 MX = ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"]
-INTS = ["int2", "int3", "int4", "int6", "int8"]
+INTS = ["int2", "int3", "int4", "int5", "int6", "int8"]
 FLOATS = ["fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"]
 # every row of the table, every group size, both symmetries, every rule
 EVERY = [

@@ -53,6 +53,16 @@ AVX512 Pair decode(const Decoder<3>& d, const uint8_t* row, int64_t padded, int6
           d.look_up(_mm512_ternarylogic_epi32(mask, low.second, _mm512_srli_epi16(high, 1), 0xCA))};
 }
 
+AVX512 Pair decode(const Decoder<5>& d, const uint8_t* row, int64_t padded, int64_t s) {
+  __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(row + 32 * s)));
+  __m256i b = _mm256_slli_epi16(widen(row + padded / 2 + 16 * (s / 2)), 4);  // bit 4 = element 0..15
+  b = _mm256_srl_epi16(b, _mm_cvtsi32_si128(4 * int(s & 1)));
+  __m512i high = two(b, _mm256_srli_epi16(b, 2));
+  __m512i mask = _mm512_set1_epi16(15);
+  return {d.look_up(_mm512_ternarylogic_epi32(mask, low, high, 0xCA)),
+          d.look_up(_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 4), _mm512_srli_epi16(high, 1), 0xCA))};
+}
+
 AVX512 Pair decode(const Decoder<6>& d, const uint8_t* row, int64_t padded, int64_t s) {
   __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(row + 32 * s)));
   __m256i b = _mm256_slli_epi16(widen(row + padded / 2 + 16 * s), 4);  // bits 4, 5 = element 0..15

@@ -13,7 +13,7 @@ inline int64_t blocks_of(int64_t columns, int64_t block) { return (columns + blo
 
 // Bytes of a row's codes; see packing.py.
 inline int64_t row_bytes_of(int64_t columns, int64_t bits) {
-  const int64_t narrowest = bits == 3 ? 1 : bits == 6 ? 2 : bits, span = 16 * 8 / narrowest;
+  const int64_t narrowest = bits == 3 || bits == 5 ? 1 : bits == 6 ? 2 : bits, span = 16 * 8 / narrowest;
   return blocks_of(columns, span) * span * bits / 8;
 }
 
@@ -26,7 +26,7 @@ inline void check_plain(const at::Tensor& t, at::ScalarType type, at::IntArrayRe
 inline void check_spec(Spec spec) {
   TORCH_CHECK(spec.size() == kSpecLength, "aqtx: a format takes ", kSpecLength, " numbers");
   const int64_t bits = spec[0], kind = spec[3], block = spec[4];
-  const bool known = bits == 2 || bits == 3 || bits == 4 || bits == 6 || bits == 8;
+  const bool known = bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8;
   TORCH_CHECK(known && spec[1] >= 0 && spec[1] < bits && kind >= 0 && kind <= 2 && block > 0, "aqtx: no format ", spec);
 }
 

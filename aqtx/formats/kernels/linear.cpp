@@ -26,7 +26,7 @@ template <int BITS> static INLINE void unpack_super(const Packed& w, const uint8
     }
     if constexpr (BITS == 8) {
       for (int j = 0; j < 16; j++) out[j] = row[first + j];
-    } else if constexpr (BITS == 4 || BITS == 6) {
+    } else if constexpr (BITS == 4 || BITS == 5 || BITS == 6) {
       const uint8_t* slab = row + first / 32 * 16;
       for (int j = 0; j < 16; j++) out[j] = (slab[j] >> (4 * (quarter & 1))) & 15;
     } else {
@@ -37,10 +37,10 @@ template <int BITS> static INLINE void unpack_super(const Packed& w, const uint8
       const uint8_t* slab = row + w.padded() / 2 + 16 * s;
       for (int j = 0; j < 16; j++) out[j] |= ((slab[j] >> (2 * quarter)) & 3) << 4;
     }
-    if constexpr (BITS == 3) {
-      const uint8_t* slab = row + w.padded() / 4 + 16 * (s / 2);
+    if constexpr (BITS == 3 || BITS == 5) {
+      const uint8_t* slab = row + w.padded() * (BITS - 1) / 8 + 16 * (s / 2);
       const int shift = 4 * int(s & 1) + quarter;
-      for (int j = 0; j < 16; j++) out[j] |= ((slab[j] >> shift) & 1) << 2;
+      for (int j = 0; j < 16; j++) out[j] |= ((slab[j] >> shift) & 1) << (BITS - 1);
     }
   }
 }
@@ -134,7 +134,7 @@ static INLINE void floats_of_rows(const Packed& w, float* out, int64_t n0, int64
                (w, x, y, ldy, a, b), rows_portable<BITS>(w, x, y, ldy, a, b))                                      \
   FOR_EACH_CPU(floats##BITS, (const Packed& w, float* out, int64_t a, int64_t b, float largest),                   \
                (w, out, a, b, largest), floats_of_rows<BITS>(w, out, a, b, largest))
-PORTABLE(2) PORTABLE(3) PORTABLE(4) PORTABLE(6) PORTABLE(8)
+PORTABLE(2) PORTABLE(3) PORTABLE(4) PORTABLE(5) PORTABLE(6) PORTABLE(8)
 
 // ---- dispatch ------------------------------------------------------------------------------------
 
@@ -207,14 +207,14 @@ void linear_rows(const Packed& w, const Activations& x, float* y, int64_t ldy, i
 #if defined(__x86_64__)
   if (x.bf16) {
     auto run = w.bits == 2 ? rows_avx512<2> : w.bits == 3 ? rows_avx512<3> : w.bits == 4 ? rows_avx512<4>
-             : w.bits == 6 ? rows_avx512<6> : w.mantissa_bits ? rows_avx512<80> : rows_avx512<8>;
+             : w.bits == 5 ? rows_avx512<5> : w.bits == 6 ? rows_avx512<6> : w.mantissa_bits ? rows_avx512<80> : rows_avx512<8>;
     run(w, x, y, ldy, n0, n1);
     if (w.zero) subtract_zeros(w, x, y, ldy, n0, n1);
     return;
   }
 #endif
   auto run = w.bits == 2 ? portable2 : w.bits == 3 ? portable3 : w.bits == 4 ? portable4
-           : w.bits == 6 ? portable6 : portable8;
+           : w.bits == 5 ? portable5 : w.bits == 6 ? portable6 : portable8;
   run(w, x, y, ldy, n0, n1);
 }
 
@@ -243,7 +243,7 @@ struct Range {
 void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
 #if defined(__x86_64__)
   auto run = w.bits == 2 ? dequantize_avx512<2> : w.bits == 3 ? dequantize_avx512<3> : w.bits == 4 ? dequantize_avx512<4>
-           : w.bits == 6 ? dequantize_avx512<6> : w.mantissa_bits ? dequantize_avx512<80> : dequantize_avx512<8>;
+           : w.bits == 5 ? dequantize_avx512<5> : w.bits == 6 ? dequantize_avx512<6> : w.mantissa_bits ? dequantize_avx512<80> : dequantize_avx512<8>;
   const Range range(w);
   std::vector<float> space(std::max(w.num_columns, w.num_blocks));
   for (int64_t n = n0, done = n0; n < n1; done = n) {
@@ -257,6 +257,7 @@ void dequantize_rows(const Packed& w, uint16_t* out, int64_t n0, int64_t n1) {
 }
 
 void dequantize_rows(const Packed& w, float* out, int64_t n0, int64_t n1, float largest) {
-  auto run = w.bits == 2 ? floats2 : w.bits == 3 ? floats3 : w.bits == 4 ? floats4 : w.bits == 6 ? floats6 : floats8;
+  auto run = w.bits == 2 ? floats2 : w.bits == 3 ? floats3 : w.bits == 4 ? floats4
+           : w.bits == 5 ? floats5 : w.bits == 6 ? floats6 : floats8;
   run(w, out, n0, n1, largest);
 }
