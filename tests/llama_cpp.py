@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-DECODERS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q6_K", "mxfp4", "nvfp4")
-_PARTS = {"q6_K": "Q6_K"}
+DECODERS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "mxfp4", "nvfp4")
 
 
 def _folder(module: str) -> Path:
@@ -29,6 +28,23 @@ def decode(data: np.ndarray, kind: str, count: int) -> np.ndarray:
     function = getattr(library, f"dequantize_row_{name}")
     function(rows.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(count))
     return out
+
+
+def quantize(weight: np.ndarray, kind: str, importance: np.ndarray | None) -> np.ndarray:
+    """float32 values [N, K] that ggml's own `quantize_*` finds, weighted by the importance of each column [K]."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    library = ctypes.CDLL(str(_folder("xllamacpp") / "xllamacpp.abi3.so"))
+    size, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
+    rows, columns = weight.shape
+    out = np.empty(rows * columns // size * num_bytes, np.uint8)
+    source = np.ascontiguousarray(weight, np.float32)
+    given = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointers = [each if each is None else each.ctypes.data_as(ctypes.c_void_p) for each in (source, out, given)]
+    function = getattr(library, f"quantize_{next(name for name in DECODERS if name.upper() == kind.upper())}")
+    function.restype = ctypes.c_size_t
+    function(pointers[0], pointers[1], ctypes.c_int64(rows), ctypes.c_int64(columns), pointers[2])
+    return decode(out, kind, weight.size).reshape(weight.shape)
 
 
 class Model:

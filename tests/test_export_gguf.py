@@ -20,8 +20,12 @@ from tests.quantized_folders import quantized, with_tokenizer
 
 # one format for each type and each way of filling it
 FORMATS = (
-    *("int4_g32", "int4", "int3_g64", "int2_g64", "int8_g32", "int6_row", "int6", "int5", "fp6", "mxfp4", "mxfp6", "nvfp4"),
+    *("int4_g32", "int4", "int3_g64", "int2_g64", "int8_g32", "int6_row", "int6", "int5", "fp6"),
+    *("mxfp4", "mxfp6", "nvfp4"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
+ROLES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+ROLES |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 VOCABULARY = {"vocab_size": 3072, "bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -33,12 +37,13 @@ def nll(logits: np.ndarray, ids: list[int]) -> float:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A dense model whose down projections have all formats, and its file."""
+    """A dense model whose projections have all formats, one after the other, and its file."""
     root = tmp_path_factory.mktemp("gguf")
-    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": len(FORMATS)}
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": -(-len(FORMATS) // len(ROLES))}
     oracle("llama", **wide, **VOCABULARY).to(torch.bfloat16).save_pretrained(root / "source")
     with_tokenizer(root / "source")
-    formats = {f"*.layers.{layer}.*_proj": name for layer, name in enumerate(FORMATS)}
+    roles = [f"*.layers.{layer}.*.{role}" for layer in range(len(FORMATS)) for role in ROLES]
+    formats = dict(zip(roles, FORMATS, strict=False))
     folder = quantized(root / "source", root / "q", formats)
     made = export(folder, "gguf", root / "model.gguf")
     assert made.clients == ("llama.cpp",) and made.checked is not None
@@ -51,13 +56,9 @@ def test_llama_cpp_decodes_every_value_as_ours(dense: tuple[Path, Path]) -> None
     program = aqtx.load(folder)
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     kinds, unlike, heads = set(), [], {"attn_q": 4, "attn_k": 2}
-    names = dict(
-        zip(("q_proj", "k_proj", "v_proj", "o_proj"), ("attn_q", "attn_k", "attn_v", "attn_output"), strict=True)
-    )
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
     for site in program.sites():
-        role = names.get(site.name.rpartition(".")[2])
-        if role is None:
+        role = ROLES.get(site.name.rpartition(".")[2])
+        if role is None or site.name not in program.config["quantization_config"]["formats"]:
             continue
         tensor = tensors[f"blk.{site.layer}.{role}.weight"]
         kinds.add(tensor.tensor_type.name)
@@ -71,9 +72,9 @@ def test_llama_cpp_decodes_every_value_as_ours(dense: tuple[Path, Path]) -> None
         if not np.allclose(values, own, rtol=2**-22 if tensor.tensor_type.name == "NVFP4" else 0, atol=0):
             unlike.append(site.name)
     assert unlike == []
-    assert kinds == {"Q4_0", "Q5_0", "Q8_0", "Q6_K", "MXFP4", "NVFP4"} and {kind.lower() for kind in kinds} <= {
-        name.lower() for name in DECODERS
-    }
+    k_quants = {f"Q{bits}_K" for bits in range(2, 7)}
+    assert kinds == {"Q4_0", "Q5_0", "Q8_0", "MXFP4", "NVFP4"} | k_quants
+    assert {kind.lower() for kind in kinds} <= {name.lower() for name in DECODERS}
 
 
 def test_text_becomes_the_same_tokens(dense: tuple[Path, Path]) -> None:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats import MixedExperts, QuantizedTensor, kernel, quantize
+from aqtx.formats import MixedExperts, QuantizedTensor, kernel, parse, quantize
 from aqtx.formats.grouped_linear import grouped_linear
 from tests.formats.cases import normal
 
 needs_kernel = pytest.mark.skipif(not kernel.available(), reason="no compiled kernel")
-NAMES = ["mxfp4", "mxfp6", "nvfp4", "int4_asym", "int3_asym", "int8_row", "int4_g32", "fp8", "bf16"]
+NAMES = ["mxfp4", "mxfp6", "nvfp4", "int4_asym", "int3_asym", "int8_row", "int4_g32", "fp8", "q3_k", "q4_k", "bf16"]
 
 
 def wrong(part: Tensor) -> dict[str, Tensor]:
@@ -39,8 +39,8 @@ def cases(parts: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
                 found.append((f"{name} of {how}", {**parts, name: changed}))
         if name != "qdata":
             found.append((f"no {name}", {other: value for other, value in parts.items() if other != name}))
-    found += [(f"a {name}", {**parts, name: torch.zeros(1)}) for name in ("scale", "zero_point", "per_tensor_scale")
-              if name not in parts]  # fmt: skip
+    others = ("scale", "zero_point", "per_tensor_scale", "super_scale")
+    found += [(f"a {name}", {**parts, name: torch.zeros(1)}) for name in others if name not in parts]
     return found
 
 
@@ -68,7 +68,7 @@ def test_wrong_parts_are_refused_from_disk_and_in_memory(name: str) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "bf16"])
+@pytest.mark.parametrize("name", [name for name in NAMES if kernel.decodes(parse(name)) and name != "bf16"])
 def test_the_kernel_refuses_what_it_would_read_past(name: str) -> None:
     made, x = quantize(normal(6, 160), name), normal(2, 160, seed=1)
     spec, ops = kernel.spec_of(made.format, 160), torch.ops.aqtx_cpu
@@ -83,8 +83,8 @@ def test_the_kernel_refuses_what_it_would_read_past(name: str) -> None:
     }
     attempts = [*cases(made.parts()), *((f"{part} strided", {**made.parts(), part: s}) for part, s in strided.items())]
     for how, parts in attempts:
-        if how == "per_tensor_scale of another rank":
-            continue  # one number a matrix, however it is laid out
+        if how in ("per_tensor_scale of another rank", "a super_scale"):
+            continue  # one number a matrix, however it is laid out; and what the ops are not given
         stacked = [part[None] for part in given(parts) if part is not None]
         calls = {
             "linear": lambda parts=parts: ops.linear(x, *given(parts), spec, 160),

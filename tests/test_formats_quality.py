@@ -8,7 +8,7 @@ import torch
 
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor, fake_quantize, parse, quantize
-from tests.formats.cases import DTYPES, EVERY, decibels, normal
+from tests.formats.cases import DTYPES, EVERY, K_QUANTS, decibels, normal
 
 NUM_SAMPLES = 1 << 20  # the figures are of 4M samples; the slow test takes them all
 GAUSSIAN = {
@@ -88,7 +88,7 @@ def test_quantizing_again_changes_nothing(name: str, dtype: torch.dtype) -> None
     assert torch.equal(quantize(once, name).dequantize(), once)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *K_QUANTS])
 def test_fake_quantize_is_quantize_and_dequantize(name: str) -> None:
     for shape in ((8, 256), (2, 3, 100), (2, 1, 1)):
         weight = normal(*shape, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def test_fake_quantize_is_quantize_and_dequantize(name: str) -> None:
         assert torch.equal(fake_quantize(weight, name), made.dequantize())
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *K_QUANTS])
 def test_a_stack_is_its_experts(name: str) -> None:
     weight = normal(3, 16, 192) * torch.tensor([1.0, 30.0, 0.1]).view(3, 1, 1)
     stack = quantize(weight, name)
@@ -114,7 +114,7 @@ def test_bytes_are_bits_times_weights(name: str) -> None:
     assert on_disk == made.num_bytes
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *K_QUANTS])
 @pytest.mark.parametrize("num_columns", [1, 7, 33, 100, 130, 576])
 def test_the_disk_layout_is_lossless_and_exactly_as_long(name: str, num_columns: int) -> None:
     made = quantize(normal(3, num_columns), name)

@@ -12,11 +12,11 @@ from torch import Tensor
 from aqtx.formats import MixedExperts, QuantizedTensor, fake_quantize, kernel, quantize
 from aqtx.formats.grouped_linear import grouped_linear
 from aqtx.formats.grouped_linear_packed import lowering
-from tests.formats.cases import EVERY, normal
+from tests.formats.cases import EVERY, K_QUANTS, normal
 
 NUM_ROWS = 24
-OTHERS = sorted({name.partition("@")[0] for name in EVERY})
-FEW = [("int4", 576), ("mxfp4", 100), ("int3_asym", 300), ("nvfp4", 104)]
+OTHERS = sorted({name.partition("@")[0] for name in (*EVERY, *K_QUANTS)})
+FEW = [("int4", 576), ("mxfp4", 100), ("int3_asym", 300), ("nvfp4", 104), ("q4_k", 300)]
 WIDTHS = (100, 96, 192, 300, 576)
 
 

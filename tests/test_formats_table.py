@@ -12,7 +12,8 @@ from aqtx.planning.settings import Settings
 
 BITS = {
     "mxfp4": 4.25, "mxfp6": 6.25, "mxfp6_e3m2": 6.25, "mxfp8": 8.25, "mxfp8_e5m2": 8.25, "bf16": 16,
-    "int2": 2.125, "int3": 3.125, "int3_asym": 3.1875, "int4_g32": 4.5, "int5_g32_asym": 5.75, "int4": 4.125, "int4_g64_asym": 4.375,
+    "int2": 2.125, "int3": 3.125, "int3_asym": 3.1875, "int4_g32": 4.5, "int5_g32_asym": 5.75, "int4": 4.125,
+    "int4_g64_asym": 4.375, "q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625,
     "int8": 8.125, "int8_row": 8 + 16 / 2048, "fp4": 4.125, "fp6": 6.125, "fp8_g32": 8.5,
 }  # fmt: skip
 

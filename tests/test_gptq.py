@@ -47,7 +47,7 @@ def exact_errors(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> torch.Ten
 
 
 def assert_same_codes(one: torch.Tensor, other: torch.Tensor) -> None:
-    for part in ("qdata", "scale", "zero_point", "per_tensor_scale"):
+    for part in ("qdata", "scale", "zero_point", "per_tensor_scale", "super_scale"):
         left, right = getattr(one, part), getattr(other, part)
         assert (left is None) == (right is None)
         assert left is None or torch.equal(left, right), part
@@ -119,13 +119,16 @@ def test_never_worse_than_plain_where_tokens_are_few(name: str, prior: str | Non
     assert_same_codes(quantize_at(found.tensor), found.tensor)
 
 
-@pytest.mark.parametrize("name", ["int3_g64", "int4_asym", "int4_row", "mxfp4", "mxfp6", "nvfp4", "fp4_g32"])
+@pytest.mark.parametrize(
+    "name", ["int3_g64", "int4_asym", "int4_row", "mxfp4", "mxfp6", "nvfp4", "fp4_g32", "q3_k", "q4_k"]
+)
 def test_each_sweep_lowers_every_rows_objective_and_ends_at_what_the_codes_say(name: str) -> None:
     W, H, fmt = weights(1, 24, 160), moment(400, 160), parse(name)
     start = quantize(W, name)
     grid = Grid.of(start.scales, fmt, 160, None)
     left = (W - start.dequantize())[0].t().contiguous()
-    descent = Descent.of(W[0].t().contiguous(), left, start.codes()[0].t().contiguous(), grid=grid, H=H, leaf=32)
+    columns = grid.shifted(W.mT.contiguous())[0]
+    descent = Descent.of(columns, left, start.codes()[0].t().contiguous(), grid=grid, H=H, leaf=32)
     objectives = [exact_errors(W[0], start.dequantize()[0], H)]
     for _ in range(3):
         descent.run(1, refit=True)

@@ -223,7 +223,7 @@ def take_codes(codes: Mapping[str, QuantizedTensor], weights: Values, sites: lis
 
 def values_of(code: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """What `code.dequantize(dtype)` gives, from the compiled kernel where there is one."""
-    if code.format.is_packed and kernel.serves(code.device):
+    if code.format.is_packed and kernel.decodes(code.format) and kernel.serves(code.device):
         return kernel.dequantize(code.qdata, code.scales, code.format, code.num_columns, dtype)
     return code.dequantize(dtype)
 

@@ -91,6 +91,10 @@ def parts_of(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[
     if not fmt.is_packed:
         return {"qdata": ("BF16", shape)}
     blocks = fmt.num_blocks(columns)
+    if bits := fmt.scale.code_bits:
+        codes, supers = fmt.num_scale_codes(columns), fmt.num_supers(columns)
+        coded = {"scale": ("U8", (rows, -(-codes * bits // 8))), "super_scale": ("F16", (rows, supers))}
+        return {"qdata": ("U8", (rows, fmt.row_bytes(columns))), **coded}
     kinds = {"bf16": "BF16", "e8m0": "U8", "e4m3": "U8"}
     found: dict[str, tuple[str, tuple[int, ...]]] = {"qdata": ("U8", (rows, fmt.row_bytes(columns)))}
     found["scale"] = (kinds[fmt.scale.name], (rows, blocks))

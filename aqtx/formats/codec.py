@@ -15,7 +15,16 @@ from aqtx.formats.decode import to_storage_dtype
 from aqtx.formats.elements import value_to_code
 from aqtx.formats.packing import memory_bytes, pack, stored
 from aqtx.formats.scale_rules import choose_for_blocks, per_matrix_scale
-from aqtx.formats.scales import E8M0_NAN, Affine, Scales, decode_scale, nearest_steps, snap_blocks, to_blocks
+from aqtx.formats.scales import (
+    E8M0_NAN,
+    Affine,
+    Scales,
+    decode_affine,
+    decode_scale,
+    nearest_steps,
+    snap_blocks,
+    to_blocks,
+)  # fmt: skip
 from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.formats.tensor import QuantizedTensor
 
@@ -82,7 +91,8 @@ def choose_scales(weight: Tensor, fmt: Format, importance: Tensor | None = None)
     leading = weight.shape[:-1]
     scale = torch.cat([piece.scale for piece in pieces]).unflatten(0, leading)
     if pieces[0].zero_point is None:
-        return Scales(scale, None, per_tensor)
+        supers = [piece.super_scale for piece in pieces if piece.super_scale is not None]
+        return Scales(scale, None, per_tensor, torch.cat(supers).unflatten(0, leading) if supers else None)
     zeros = [piece.zero_point for piece in pieces if piece.zero_point is not None]
     return Scales(scale, torch.cat(zeros).unflatten(0, leading))
 
@@ -107,8 +117,8 @@ def packed(codes: Tensor, fmt: Format, scales: Scales, dtype: torch.dtype) -> Qu
 
 
 def _assembled(qdata: Tensor, num_columns: int, fmt: Format, scales: Scales, dtype: torch.dtype) -> QuantizedTensor:
-    scale, zero_point, per_tensor = scales
-    return QuantizedTensor(qdata, fmt.name, num_columns, dtype, scale.contiguous(), zero_point, per_tensor)
+    scale, *others = scales
+    return QuantizedTensor(qdata, fmt.name, num_columns, dtype, scale.contiguous(), *others)
 
 
 def _codes(weight: Tensor, fmt: Format, scales: Scales) -> Iterator[Tensor]:
@@ -148,10 +158,11 @@ def _pieces(
 ) -> Iterator[tuple[Tensor, Affine, Tensor]]:
     """Cache-sized runs of rows with their decoded scales, and where their results go."""
     rows = weight.reshape(-1, weight.shape[-1])
-    decoded = decode_scale(scales, fmt).reshape(-1, scales.scale.shape[-1])
-    zeros = None if scales.zero_point is None else scales.zero_point.reshape(-1, scales.scale.shape[-1])
+    decoded = decode_affine(scales, fmt)
+    num_blocks = decoded.scale.shape[-1]
+    parts = [None if part is None else part.reshape(-1, num_blocks) for part in decoded]
     target = rows if out is None else out.view(-1, weight.shape[-1])
     step = _rows_per_piece(weight)
     for start in range(0, max(len(rows), 1), step):
         run = slice(start, start + step)
-        yield rows[run], Affine(decoded[run], None if zeros is None else zeros[run]), target[run]
+        yield rows[run], Affine(*(None if part is None else part[run] for part in parts)), target[run]  # type: ignore[arg-type]

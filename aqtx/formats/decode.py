@@ -9,10 +9,10 @@ from torch.nn.functional import pad
 
 from aqtx.formats.elements import code_to_value
 from aqtx.formats.packing import stored, unpack
-from aqtx.formats.scales import Scales, decode_scale
+from aqtx.formats.scales import Scales, decode_affine
 from aqtx.formats.table import Format
 
-SCALE_PARTS = ("scale", "zero_point", "per_tensor_scale")  # those of `Scales`, in its order
+SCALE_PARTS = ("scale", "zero_point", "per_tensor_scale", "super_scale")  # those of `Scales`, in its order
 PARTS = ("qdata", *SCALE_PARTS)  # names of a packed weight's inner tensors, in memory and on disk
 
 
@@ -42,7 +42,7 @@ def decode(parts: Mapping[str, Tensor], fmt: Format, num_columns: int, dtype: to
     if not fmt.is_packed:
         return parts["qdata"].to(dtype)
     scales = Scales(*(parts.get(name) for name in SCALE_PARTS))  # type: ignore[arg-type]
-    scale, zero_point = decode_scale(scales, fmt), scales.zero_point
+    scale, zero_point, minimum = decode_affine(scales, fmt)
     codes = unpack(parts["qdata"], fmt.element.bits, num_columns)
     size = fmt.block_size(num_columns)
     missing = fmt.num_blocks(num_columns) * size - num_columns
@@ -50,7 +50,8 @@ def decode(parts: Mapping[str, Tensor], fmt: Format, num_columns: int, dtype: to
         codes = pad(codes, (0, missing))
     zero = None if zero_point is None else zero_point.unsqueeze(-1)
     values = code_to_value(codes.unflatten(-1, (-1, size)), fmt.element, zero)
-    values = (values * scale.unsqueeze(-1)).flatten(-2)
+    values = values * scale.unsqueeze(-1)
+    values = (values if minimum is None else values - minimum.unsqueeze(-1)).flatten(-2)
     return to_storage_dtype(stored(values)[..., :num_columns] if missing else values, dtype)
 
 

@@ -48,7 +48,8 @@ def lower(x: Tensor, buckets: Sequence[Bucket], slots: list[int], offsets: Tenso
     if choice == "dense" or (choice == "auto" and x.device.type != "cpu"):
         return _dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
     num_outputs = buckets[0].parts["qdata"].shape[1]
-    if x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
+    known = all(kernel.decodes(bucket.fmt) for bucket in buckets)
+    if known and x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
         parts = [part.contiguous() for bucket in buckets for part in bucket.parts.values()]
         specs = [number for bucket in buckets for number in kernel.spec_of(bucket.fmt, bucket.num_columns)]
         return torch.ops.aqtx_cpu.grouped(x, offsets, parts, specs, slots, num_outputs)

@@ -54,6 +54,11 @@ def serves(device: torch.device | str) -> bool:
     return torch.device(device).type == "cpu" and available()
 
 
+def decodes(fmt: Format) -> bool:
+    """Whether the ops know a format's stored scales."""
+    return not fmt.is_packed or fmt.scale.name in SCALE_KINDS
+
+
 def _built() -> Path:
     """The library's file, built if it is not there."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -107,7 +112,7 @@ def spec_of(fmt: Format, num_columns: int) -> list[int]:
     if not fmt.is_packed:
         return [16, 0, 0, 0, 0, 0, 0]
     element = fmt.element
-    kind = SCALE_KINDS[fmt.scale.name]
+    kind = SCALE_KINDS.get(fmt.scale.name, SCALE_KINDS[BF16_SCALE.name])  # of others only codes are computed here
     extras = [int(fmt.asymmetric), int(fmt.scale is NVFP4_SCALE)]
     return [element.bits, element.mantissa_bits, element.exponent_bias, kind, fmt.block_size(num_columns), *extras]
 
@@ -126,7 +131,7 @@ def dequantize(qdata: Tensor, scales: Scales, fmt: Format, num_columns: int, dty
 
 def _contiguous(qdata: Tensor, scales: Scales) -> list[Tensor | None]:
     """The parts as the ops take them: a slice of a weight has strides."""
-    return [None if part is None else part.contiguous() for part in (qdata, *scales)]
+    return [None if part is None else part.contiguous() for part in (qdata, *scales[:3])]
 
 
 def can_quantize(weight: Tensor, fmt: Format) -> bool:
@@ -145,7 +150,7 @@ def best_scales(runs: Tensor, weights: Tensor, candidates: Affine, fmt: Format, 
     """Index [R] of the candidate [C, R] of least squared error; runs [R, B], weights [P, B] of row r % P."""
     spec = spec_of(fmt, runs.shape[-1])
     to_bf16 = dtype is torch.bfloat16
-    scale, zero_point = candidates
+    scale, zero_point, _ = candidates
     return torch.ops.aqtx_cpu.best_scales(runs, weights, scale, zero_point, spec, fmt.element.largest, to_bf16)
 
 

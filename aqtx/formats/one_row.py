@@ -27,7 +27,7 @@ def span_of(weight: Any) -> int:
 def fits(weight: Any) -> bool:
     """Whether a row is whole spans and its blocks are spans or parts of one."""
     fmt, num_columns = weight.format, weight.num_columns
-    if weight.dim() != 2 or not fmt.is_packed:
+    if weight.dim() != 2 or not fmt.is_packed or fmt.scale.code_bits:
         return False
     span, size = span_of(weight), fmt.block_size(num_columns)
     one_block = fmt.num_blocks(num_columns) == 1

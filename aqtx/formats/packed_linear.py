@@ -63,7 +63,7 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, An
 def lower(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """A linear in ops on the weight's inner tensors: the compiled kernel, or plain torch."""
     fmt = weight.format
-    if fmt.is_packed and x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
+    if fmt.is_packed and kernel.decodes(fmt) and x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
         y = kernel.linear(x, weight.qdata, weight.scales, fmt, weight.num_columns)
         return y if bias is None else y + bias
     # only where the shape is known: a dynamic number of rows must not be specialised

@@ -22,6 +22,13 @@ def layout(fmt: Format, shape: tuple[int, ...], *, on_disk: bool) -> Layout:
     if not fmt.is_packed:
         return {"qdata": (tuple(shape), torch.bfloat16)}
     num_bytes = fmt.row_bytes(num_columns) if on_disk else memory_bytes(num_columns, fmt.element.bits)
+    if bits := fmt.scale.code_bits:
+        count = fmt.num_scale_codes(num_columns)
+        return {
+            "qdata": ((*leading, num_bytes), torch.uint8),
+            "scale": ((*leading, -(-count * bits // 8) if on_disk else count), torch.uint8),
+            "super_scale": ((*leading, fmt.num_supers(num_columns)), torch.float16),
+        }
     blocks = (*leading, fmt.num_blocks(num_columns))
     wanted: Layout = {
         "qdata": ((*leading, num_bytes), torch.uint8),

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from aqtx.formats import super_blocks
 from aqtx.formats.elements import EXPONENT_MASK, MANTISSA_BITS, code_to_value, round_value, value_to_code
 from aqtx.formats.scale_search import least_error, search_real, settle
 from aqtx.formats.scales import (
@@ -48,6 +49,8 @@ def choose_for_blocks(
     """
     if importance is not None:
         fmt = replace(fmt, rule="search")
+    if fmt.scale.code_bits:
+        return super_blocks.choose(blocks, fmt, importance)
     if fmt.scale is E8M0:
         return Scales(_choose_e8m0(blocks, fmt, importance))
     if fmt.scale is NVFP4_SCALE:

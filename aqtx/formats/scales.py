@@ -4,6 +4,7 @@ Legend: N rows, K columns, G blocks per row, B weights per block; blocks are [..
 a ragged last block padded with zeros (zero is a value of every format, so padding changes nothing).
 
 E8M0 (MX): byte e means 2^(e-127), 255 is NaN. Real scales are bf16. NVFP4: E4M3 bytes under one fp32 scale per matrix.
+K-quants: integers under a half-precision scale for each 256 weights, with minima of the same kind behind them.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aqtx.formats.elements import MANTISSA_BITS, code_to_value, round_value
-from aqtx.formats.table import E8M0, NVFP4_SCALE, Format, parse
+from aqtx.formats.packing import stored
+from aqtx.formats.table import E8M0, NVFP4_SCALE, SUPER_BLOCK, Format, parse
 
 E8M0_NAN = 255
 E8M0_LARGEST = 254
@@ -27,13 +29,15 @@ class Scales(NamedTuple):
     scale: Tensor
     zero_point: Tensor | None = None
     per_tensor_scale: Tensor | None = None  # NVFP4: float32 [..., 1, 1]
+    super_scale: Tensor | None = None  # K-quants: float16 [..., N, S] or, with those of minima, [..., N, 2 S]
 
 
 class Affine(NamedTuple):
-    """A decoded candidate: float32 scale (in bf16's grid where that is stored) and zero point."""
+    """A decoded candidate: float32 scale (in bf16's grid where that is stored), zero point, what values are less by."""
 
     scale: Tensor
     zero_point: Tensor | None = None
+    minimum: Tensor | None = None
 
 
 def to_blocks(weight: Tensor, fmt: Format) -> Tensor:
@@ -47,7 +51,8 @@ def to_blocks(weight: Tensor, fmt: Format) -> Tensor:
 
 def snap_blocks(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """Blocks [..., G, B] of a weight of `dtype` rounded to the format's values at the given scales [..., G]."""
-    return nearest_steps(blocks, affine, fmt, dtype).mul_(affine.scale.unsqueeze(-1))
+    values = nearest_steps(blocks, affine, fmt, dtype).mul_(affine.scale.unsqueeze(-1))
+    return values if affine.minimum is None else values.sub_(affine.minimum.unsqueeze(-1))
 
 
 def nearest_steps(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
@@ -58,6 +63,7 @@ def nearest_steps(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtyp
     """
     scale = affine.scale.unsqueeze(-1)
     zero_point = None if affine.zero_point is None else affine.zero_point.unsqueeze(-1)
+    blocks = blocks if affine.minimum is None else blocks + affine.minimum.unsqueeze(-1)
     steps = round_value(blocks / scale, fmt.element, zero_point)
     if zero_point is None or fmt.element.bits < 8 or dtype is not torch.bfloat16:
         return steps
@@ -66,8 +72,39 @@ def nearest_steps(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtyp
     return torch.where((missed != 0) & ((beside * scale).to(dtype).float() == blocks), beside, steps)
 
 
+def decode_affine(scales: Scales, fmt: Format) -> Affine:
+    """All that the stored scales mean, float32 [..., N, G] each; codes under a minimum count from 0."""
+    minimum = decode_minimum(scales, fmt)
+    zero_point = scales.zero_point if minimum is None else torch.zeros_like(minimum)
+    return Affine(decode_scale(scales, fmt), zero_point, minimum)
+
+
+def decode_minimum(scales: Scales, fmt: Format) -> Tensor | None:
+    """float32 [..., N, G] that is subtracted from the values of a block, None where nothing is."""
+    if not fmt.scale.has_minimum:
+        return None
+    assert scales.super_scale is not None
+    supers, codes = scales.super_scale.chunk(2, -1)[1], scales.scale.chunk(2, -1)[1]
+    return per_block(supers.float(), codes.shape[-1], fmt) * codes.float()
+
+
+def per_block(supers: Tensor, num_blocks: int, fmt: Format) -> Tensor:
+    """What super-blocks [..., S] share, said for each of their blocks: [..., G]."""
+    assert fmt.block is not None
+    times = SUPER_BLOCK // fmt.block
+    spread = supers.unsqueeze(-1).expand(*supers.shape, times).flatten(-2)
+    return spread if spread.shape[-1] == num_blocks else stored(spread)[..., :num_blocks]
+
+
 def decode_scale(scales: Scales, fmt: Format) -> Tensor:
     """float32 [..., N, G] that the stored scales mean."""
+    if bits := fmt.scale.code_bits:
+        assert scales.super_scale is not None
+        if fmt.scale.has_minimum:
+            supers, codes = scales.super_scale.chunk(2, -1)[0], scales.scale.chunk(2, -1)[0].float()
+        else:
+            supers, codes = scales.super_scale, scales.scale.float() - 2 ** (bits - 1)
+        return per_block(supers.float(), codes.shape[-1], fmt) * codes
     if fmt.scale is E8M0:
         return decode_e8m0(scales.scale)
     if fmt.scale is NVFP4_SCALE:

@@ -5,7 +5,8 @@ Everything that other modules know about a format they read from its row, so a n
 line of `_ROWS`. This module imports no torch: names are checked before anything heavy loads.
 
 Sources: OCP Microscaling Formats v1.0 (section 5, MX), OCP 8-bit Floating Point v1.0 (E4M3, E5M2),
-NVIDIA's NVFP4 (E2M1 in blocks of 16 under E4M3 scales and one fp32 scale per matrix).
+NVIDIA's NVFP4 (E2M1 in blocks of 16 under E4M3 scales and one fp32 scale per matrix), llama.cpp's K-quants (integers in
+blocks of 16 or 32 whose scales, and minima, are codes under half-precision scales of 256 weights).
 """
 
 import math
@@ -46,18 +47,27 @@ class Element:
 
 @dataclass(frozen=True)
 class ScaleKind:
-    """How blocks are scaled: stored bytes per block, rules (the first is the default)."""
+    """How blocks are scaled: stored bytes per block, rules (the first is the default).
+
+    With `code_bits` a scale is itself a code of so many bits, under one half-precision scale for SUPER_BLOCK weights;
+    `has_minimum`: so is an offset that is subtracted from the values, and codes are unsigned.
+    """
 
     name: str
     num_bytes: int
     rules: tuple[str, ...]
     per_matrix_bytes: int = 0
+    code_bits: int = 0
+    has_minimum: bool = False
 
 
 E8M0 = ScaleKind("e8m0", 1, ("floor", "even", "rceil", "search"))
 BF16_SCALE = ScaleKind("bf16", 2, ("amax", "search"))
 NVFP4_SCALE = ScaleKind("e4m3", 1, ("amax", "search"), per_matrix_bytes=4)
 NO_SCALE = ScaleKind("none", 0, ("none",))
+SUPER_BLOCK = 256
+_K4M, _K6M = (ScaleKind(f"u{bits} + min", 0, ("search",), code_bits=bits, has_minimum=True) for bits in (4, 6))
+_K6, _K8 = (ScaleKind(f"s{bits}", 0, ("search",), code_bits=bits) for bits in (6, 8))
 
 _INTS = {bits: Element(f"int{bits}", bits, largest=2 ** (bits - 1) - 1) for bits in (2, 3, 4, 5, 6, 8)}
 _E2M1 = Element("e2m1", 4, mantissa_bits=1, exponent_bias=1, largest=6.0)
@@ -98,13 +108,24 @@ class Format:
         """Bytes of one row's codes on disk."""
         return -(-num_columns * self.element.bits // 8)
 
+    def num_scale_codes(self, num_columns: int) -> int:
+        """Codes of scales in a row, and of minima behind them; 0 where scales are no codes."""
+        kind = self.scale
+        return self.num_blocks(num_columns) * (1 + kind.has_minimum) if kind.code_bits else 0
+
+    def num_supers(self, num_columns: int) -> int:
+        """Half-precision scales in a row, and as many for minima behind them; 0 where scales are no codes."""
+        kind = self.scale
+        return -(-num_columns // SUPER_BLOCK) * (1 + kind.has_minimum) if kind.code_bits else 0
+
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Stored bytes of a [..., N, K] weight: codes, scales and zero points, ragged blocks included."""
         *leading, num_rows, num_columns = shape
         num_matrices = math.prod(leading)
         block_bytes = self.scale.num_bytes + int(self.asymmetric)
         blocks = self.num_blocks(num_columns) if self.is_packed else 0
-        per_row = self.row_bytes(num_columns) + blocks * block_bytes
+        coded = -(-self.num_scale_codes(num_columns) * self.scale.code_bits // 8) + 2 * self.num_supers(num_columns)
+        per_row = self.row_bytes(num_columns) + blocks * block_bytes + coded
         return num_matrices * (num_rows * per_row + self.scale.per_matrix_bytes)
 
     def bits(self, shape: Sequence[int]) -> float:
@@ -131,6 +152,11 @@ _ROWS: dict[str, tuple[Element, int, ScaleKind, str]] = {
     "mxfp8_e4m3": (_E4M3, 32, E8M0, "floor"),
     "mxfp8_e5m2": (_E5M2, 32, E8M0, "floor"),
     "nvfp4": (_E2M1, 16, NVFP4_SCALE, "amax"),
+    "q2_k": (_INTS[2], 16, _K4M, "search"),
+    "q3_k": (_INTS[3], 16, _K6, "search"),
+    "q4_k": (_INTS[4], 32, _K6M, "search"),
+    "q5_k": (_INTS[5], 32, _K6M, "search"),
+    "q6_k": (_INTS[6], 16, _K8, "search"),
     "bf16": (_BF16, 1, NO_SCALE, "none"),
 }
 ALIASES = {"mxfp6": "mxfp6_e2m3", "mxfp8": "mxfp8_e4m3", "fp6": "fp6_e2m3", "fp8": "fp8_e4m3"}

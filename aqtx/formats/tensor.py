@@ -1,8 +1,8 @@
 """`QuantizedTensor`: a weight [N, K] or [E, N, K] that is its packed codes and scales.
 
-Inner tensors: `qdata` (split planes, see packing.py), `scale`, `zero_point` (asymmetric formats) and
-`per_tensor_scale` (NVFP4). Everything else is derived from `format_name` and the number of columns.
-An op that is not handled raises with its name; nothing dequantizes silently.
+Inner tensors: `qdata` (split planes, see packing.py), `scale`, `zero_point` (asymmetric formats),
+`per_tensor_scale` (NVFP4) and `super_scale` (K-quants). Everything else is derived from `format_name` and the number of
+columns. An op that is not handled raises with its name; nothing dequantizes silently.
 """
 
 import hashlib
@@ -40,13 +40,14 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     tensor_data_names: ClassVar = ["qdata"]
     tensor_attribute_names: ClassVar = ["format_name", "num_columns", "orig_dtype"]
-    optional_tensor_data_names: ClassVar = ["scale", "zero_point", "per_tensor_scale"]
+    optional_tensor_data_names: ClassVar = ["scale", "zero_point", "per_tensor_scale", "super_scale"]
     optional_tensor_attribute_names: ClassVar[list[str]] = []
 
     qdata: Tensor
     scale: Tensor | None
     zero_point: Tensor | None
     per_tensor_scale: Tensor | None
+    super_scale: Tensor | None
     format_name: str
     num_columns: int
     orig_dtype: torch.dtype
@@ -69,10 +70,12 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         scale: Tensor | None = None,
         zero_point: Tensor | None = None,
         per_tensor_scale: Tensor | None = None,
+        super_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.qdata, self.format_name, self.num_columns, self.orig_dtype = qdata, format_name, num_columns, orig_dtype
         self.scale, self.zero_point, self.per_tensor_scale = scale, zero_point, per_tensor_scale
+        self.super_scale = super_scale
         part_shapes.check(self.parts(), self.format, tuple(self.shape))
 
     @property
@@ -84,7 +87,7 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def scales(self) -> Scales:
         """The stored scales as the codec takes them."""
         assert self.scale is not None
-        return Scales(self.scale, self.zero_point, self.per_tensor_scale)
+        return Scales(self.scale, self.zero_point, self.per_tensor_scale, self.super_scale)
 
     @property
     def num_bytes(self) -> int:
@@ -104,6 +107,8 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         parts = self.parts()
         if self.format.is_packed:
             parts["qdata"] = to_disk_order(self.codes(), self.format.element.bits)
+        if bits := self.format.scale.code_bits:
+            parts["scale"] = to_disk_order(parts["scale"], bits)
         return parts
 
     @classmethod
@@ -116,6 +121,8 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
         qdata = parts["qdata"]
         if fmt.is_packed:
             qdata = pack(from_disk_order(qdata, fmt.element.bits, shape[-1]), fmt.element.bits)
+        if bits := fmt.scale.code_bits:
+            parts = {**parts, "scale": from_disk_order(parts["scale"], bits, fmt.num_scale_codes(shape[-1]))}
         optional = [parts[name].contiguous() if name in parts else None for name in cls.optional_tensor_data_names]
         return cls(qdata.contiguous(), fmt.name, shape[-1], dtype, *optional)
 
@@ -137,6 +144,8 @@ class QuantizedTensor(TorchAOBaseTensor):  # type: ignore[misc]
             names.append("zero_point")
         if self.per_tensor_scale is not None:
             names.append("per_tensor_scale")
+        if self.super_scale is not None:
+            names.append("super_scale")
         attributes = {
             "format_name": self.format_name,
             "num_columns": self.num_columns,
@@ -237,11 +246,11 @@ def _on_leading(tensor: QuantizedTensor, dim: int, view: Callable[[Tensor], Tens
     per_tensor = tensor.per_tensor_scale
     if per_tensor is not None and dim < tensor.dim() - 2:
         per_tensor = view(per_tensor)
-    scale, zero_point = (None if part is None else view(part) for part in (tensor.scale, tensor.zero_point))
-    return QuantizedTensor(
-        view(tensor.qdata), tensor.format_name, tensor.num_columns, tensor.orig_dtype, scale, zero_point, per_tensor
-    )
+    rows = (tensor.scale, tensor.zero_point, tensor.super_scale)
+    scale, zero_point, supers = (None if part is None else view(part) for part in rows)
+    kept = (tensor.format_name, tensor.num_columns, tensor.orig_dtype)
+    return QuantizedTensor(view(tensor.qdata), *kept, scale, zero_point, per_tensor, supers)
 
 
 def _optional(tensor: QuantizedTensor) -> tuple[Tensor | None, ...]:
-    return tensor.scale, tensor.zero_point, tensor.per_tensor_scale
+    return tensor.scale, tensor.zero_point, tensor.per_tensor_scale, tensor.super_scale

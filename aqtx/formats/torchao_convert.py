@@ -27,7 +27,7 @@ _MX_ELEMENTS: dict[str, tuple[Any, torch.dtype]] = {
 
 def class_of(fmt: Format, num_columns: int) -> str | None:
     """The name of torchao's class for a format in rows of so many weights, None where there is none."""
-    if num_columns % fmt.block_size(num_columns):
+    if num_columns % fmt.block_size(num_columns) or fmt.scale.code_bits:
         return None
     if fmt.scale is E8M0:
         return "MXTensor"
@@ -54,7 +54,7 @@ def to_torchao(tensor: QuantizedTensor) -> Any:
     """torchao's tensor with the same codes and scales. InputError where it has no class for the format."""
     fmt = tensor.format
     block = fmt.block_size(tensor.num_columns)
-    if fmt.element.is_float and fmt.scale not in (E8M0, NVFP4_SCALE):
+    if fmt.scale.code_bits or (fmt.element.is_float and fmt.scale not in (E8M0, NVFP4_SCALE)):
         raise InputError(f"torchao has no tensor class for {fmt.name}: only INT, MX and NVFP4 formats convert")
     if tensor.num_columns % block:
         raise InputError(f"torchao takes whole blocks of {block} only, not rows of {tensor.num_columns}")

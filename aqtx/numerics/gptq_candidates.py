@@ -82,9 +82,8 @@ def refined(
         weights = weight.to(torch.float32).t().contiguous()
         own = grid.of_expert(expert)
         errors = weights - _values(start.codes[expert], own, weights.shape)
-        descent = Descent.of(
-            weights, errors, start.codes[expert].t().contiguous(), grid=own, H=H, leaf=problem.block_size
-        )
+        shifted, codes_now = own.shifted(weights[None])[0], start.codes[expert].t().contiguous()
+        descent = Descent.of(shifted, errors, codes_now, grid=own, H=H, leaf=problem.block_size)
         descent.run(sweeps, refit=refit)
         left = descent.errors[0]
         if not exact:
@@ -106,7 +105,8 @@ def _values(codes: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
         return part[0].repeat_interleave(grid.block, 0)[: shape[0]]
 
     zero_point = None if grid.zero_point is None else spread(grid.zero_point)
-    return code_to_value(codes.t(), grid.fmt.element, zero_point) * spread(grid.scale)
+    values = code_to_value(codes.t(), grid.fmt.element, zero_point) * spread(grid.scale)
+    return values if grid.minimum is None else values - spread(grid.minimum)
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,15 @@ def _merge(simple: Tensor, plain: Scales, fine: Scales) -> Scales:
     scale, zero_point = plain.scale, plain.zero_point
     if zero_point is not None and fine.zero_point is not None:
         zero_point = torch.where(simple.unsqueeze(-1), zero_point, fine.zero_point)
-    return Scales(torch.where(simple.unsqueeze(-1), scale, fine.scale), zero_point, plain.per_tensor_scale)
+    supers = plain.super_scale
+    if supers is not None and fine.super_scale is not None:
+        supers = torch.where(simple.unsqueeze(-1), supers, fine.super_scale)
+    return Scales(torch.where(simple.unsqueeze(-1), scale, fine.scale), zero_point, plain.per_tensor_scale, supers)
 
 
 def rows_of(scales: Scales, rows: Tensor) -> Scales:
     """Of some rows [E, N]."""
-    scale, zero_point, per_tensor = scales
+    per_tensor = scales.per_tensor_scale
     spread = None if per_tensor is None else per_tensor.expand(*rows.shape, 1)[rows]
-    return Scales(scale[rows], None if zero_point is None else zero_point[rows], spread)
+    zero_point, supers = (None if part is None else part[rows] for part in (scales.zero_point, scales.super_scale))
+    return Scales(scales.scale[rows], zero_point, spread, supers)

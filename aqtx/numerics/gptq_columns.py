@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqtx.formats import kernel
-from aqtx.formats.codec import Scales, decode_scale
+from aqtx.formats import kernel, super_blocks
+from aqtx.formats.codec import Scales
 from aqtx.formats.elements import round_value, value_to_code
-from aqtx.formats.scale_rules import stored_scale
+from aqtx.formats.scale_rules import nearest_scale, stored_scale
+from aqtx.formats.scales import Affine, decode_affine
 from aqtx.formats.table import Format
 from aqtx.numerics.cholesky import Factor
 from aqtx.numerics.gptq_rows import SLACK
@@ -51,26 +52,47 @@ class Grid:
     block: int
     blocks: Tensor | None  # [E, K] block of each column where they are not in the stored order
     per_tensor: Tensor | None = None  # of NVFP4 [E, 1, 1], already in `scale`
+    minimum: Tensor | None = None  # [E, G, N], which values are less by
+    supers: Tensor | None = None  # of K-quants [E, N, S], already in `scale` and `minimum`
 
     @classmethod
     def of(cls, scales: Scales, fmt: Format, num_columns: int, order: Tensor | None) -> "Grid":
         """From the stored scales of a [E, N, K] weight."""
-        zero_point = None if scales.zero_point is None else scales.zero_point.to(torch.float32).mT.contiguous()
+        affine = decode_affine(scales, fmt)
+        scale, zero_point, minimum = (None if part is None else part.float().mT.contiguous() for part in affine)
+        assert scale is not None
         block = fmt.block_size(num_columns)
         blocks = None if order is None else (order // block).contiguous()
-        return cls(fmt, decode_scale(scales, fmt).mT.contiguous(), zero_point, block, blocks, scales.per_tensor_scale)
+        return cls(fmt, scale, zero_point, block, blocks, scales.per_tensor_scale, minimum, scales.super_scale)
 
     def of_expert(self, expert: int) -> "Grid":
         """The grid of one matrix, in the stored order."""
-        parts = (self.scale, self.zero_point, self.per_tensor)
-        scale, zero_point, per_tensor = (None if part is None else part[expert : expert + 1] for part in parts)
+        parts = (self.scale, self.zero_point, self.per_tensor, self.minimum, self.supers)
+        scale, zero_point, *rest = (None if part is None else part[expert : expert + 1] for part in parts)
         assert scale is not None
-        return Grid(self.fmt, scale, zero_point, self.block, None, per_tensor)
+        return Grid(self.fmt, scale, zero_point, self.block, None, *rest)
 
     def scales(self) -> Scales:
         """As they are stored with a [E, N, K] weight."""
+        if self.supers is not None:
+            minimum = None if self.minimum is None else self.minimum.mT
+            return super_blocks.coded(Affine(self.scale.mT, None, minimum), self.supers, self.fmt)
         zero_point = None if self.zero_point is None else self.zero_point.mT.contiguous().to(torch.uint8)
         return Scales(stored_scale(self.scale.mT.contiguous(), self.fmt, self.per_tensor), zero_point, self.per_tensor)
+
+    def shifted(self, columns: Tensor) -> Tensor:
+        """Weights [E, K, N] plus the minimum of their blocks: on that the values are multiples of the scale."""
+        if self.minimum is None:
+            return columns
+        if self.blocks is None:
+            return columns + self.minimum.repeat_interleave(self.block, 1)[:, : columns.shape[1]]
+        return columns + torch.stack([one[places] for one, places in zip(self.minimum, self.blocks, strict=True)])
+
+    def nearest_scale(self, wanted: Tensor, block: int) -> Tensor:
+        """The scale [E, N] of one block that can be stored nearest to `wanted`."""
+        if self.supers is not None:
+            return super_blocks.nearest(wanted, self.supers, block, self.fmt)
+        return nearest_scale(wanted, self.fmt, self.per_tensor)
 
     def at(self, column: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point [E, N] of the weights of one column."""
@@ -139,9 +161,10 @@ def _compiled_leaf(work: Columns, grid: Grid, low: int, high: int) -> None:
 
 def round_columns(weights: Tensor, factor: Factor, grid: Grid, *, share: Tensor, block_size: int) -> Columns:
     """Columns done, for weights [E, K, N] in the order of the factor and the grid."""
+    shifted = grid.shifted(weights)
     work = Columns(
-        weights=weights,
-        values=weights.clone(),
+        weights=shifted,
+        values=shifted.clone(),
         errors=torch.empty_like(weights),
         nearest=torch.empty_like(weights),
         codes=torch.empty_like(weights, dtype=torch.uint8),

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aqtx.formats import kernel
+from aqtx.formats import kernel, super_blocks
 from aqtx.formats.elements import round_value, value_to_code
-from aqtx.formats.scale_rules import nearest_scale
 from aqtx.numerics.gptq_columns import Grid
 
 LEAST_GAIN = 1e-3  # of the objective; a sweep that gains less is the last
@@ -46,7 +45,8 @@ class Descent:
         """From weights [K, N], what rounding left of them, and its codes."""
         diagonal = H.diagonal()
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-        own = replace(grid, scale=grid.scale.clone(), blocks=None)
+        minimum = None if grid.minimum is None else grid.minimum.clone()
+        own = replace(grid, scale=grid.scale.clone(), minimum=minimum, blocks=None)
         D = errors.unsqueeze(0).contiguous()
         gradient = (H @ errors).unsqueeze(0)
         rest = (gradient, torch.empty_like(D), H.unsqueeze(0).contiguous(), inverse.unsqueeze(0), leaf)
@@ -107,14 +107,34 @@ class Descent:
             curved = self.H[:, own, block] @ codes  # [1, columns, N]
             c_H_c = (curved[:, start - low : block.stop - low] * codes).sum(1)
             c_g = (codes * self.gradient[:, block]).sum(1)
-            found = nearest_scale(scale + c_g / c_H_c, self.grid.fmt, self.per_tensor)
+            found = self.grid.nearest_scale(scale + c_g / c_H_c, inside)
             step = found - scale
             better = (step * (2 * c_g - step * c_H_c) > 0) & (found * scale > 0) & found.isfinite()
             step = torch.where(better, step, 0.0).unsqueeze(1)
             scale.copy_(torch.where(better, found, scale))
             self.errors[:, block] -= step * codes
             self.gradient[:, own] -= step * curved
+            if self.grid.minimum is not None:
+                self._shift(self.grid.minimum[:, inside], own, block)
         return self.errors[:, own] - before
+
+    def _shift(self, minimum: Tensor, own: slice, block: slice) -> None:
+        """Visit the minimum [1, N] of a block: on it D depends with slope 1, so its best change is -1.g / (1 H 1)."""
+        assert self.grid.supers is not None
+        curved = self.H[:, own, block].sum(2)  # [1, columns]
+        one_H_one = curved[:, block.start - own.start : block.stop - own.start].sum()
+        one_g = self.gradient[:, block].sum(1)
+        inside = block.start // self.grid.block
+        found = super_blocks.nearest(
+            minimum - one_g / one_H_one, self.grid.supers, inside, self.grid.fmt, of_minimum=True
+        )
+        step = found - minimum
+        better = step * (2 * one_g + step * one_H_one) < 0
+        step = torch.where(better, step, 0.0)
+        minimum.copy_(torch.where(better, found, minimum))
+        self.errors[:, block] += step.unsqueeze(1)
+        self.weights[:, block] += step.unsqueeze(1)
+        self.gradient[:, own] += step.unsqueeze(1) * curved.unsqueeze(2)
 
 
 def _middle(low: int, high: int, step: int) -> int:

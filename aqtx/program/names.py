@@ -2,7 +2,7 @@
 
 A stacked parameter `P.experts.proj` [E, N, K] lies on disk as E tensors `P.experts.<e>.proj.weight`;
 every other parameter lies there under its own name. A quantized matrix `KEY` lies there as
-`KEY.qdata`, `KEY.scale` and, where its format has them, `KEY.zero_point` or `KEY.per_tensor_scale`.
+`KEY.qdata`, `KEY.scale` and, where its format has them, `KEY.zero_point`, `KEY.per_tensor_scale` or `KEY.super_scale`.
 """
 
 import re

@@ -18,7 +18,8 @@ ORACLE = {
 MX = ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"]
 INTS = ["int2", "int3", "int4", "int5", "int6", "int8"]
 FLOATS = ["fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"]
-# every row of the table, every group size, both symmetries, every rule
+K_QUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+# every row of the table but K-quants, every group size, both symmetries, every rule
 EVERY = [
     *MX, *(f"{name}@{rule}" for name in MX for rule in ("even", "rceil", "search")),
     *INTS, *(f"{name}{group}{asym}" for name in INTS for group in ("_g32", "_row", "_g64") for asym in ("", "_asym")),

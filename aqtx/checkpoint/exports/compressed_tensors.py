@@ -41,7 +41,7 @@ _ROUNDED_INPUTS = {  # (form, activation) -> form and `input_activations`, where
 
 def form(fmt: Format, num_columns: int) -> str | None:
     """The compressor's name for a format on rows of so many weights; only whole blocks have one."""
-    if num_columns % fmt.block_size(num_columns):
+    if num_columns % fmt.block_size(num_columns) or fmt.scale.code_bits:
         return None
     if fmt.scale is E8M0:
         return _MX.get(fmt.element.name)

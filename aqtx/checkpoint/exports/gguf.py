@@ -242,6 +242,8 @@ def _half_step(value: QuantizedTensor) -> Tensor | float:
     float32 sums), and 2^-25 (q + 1) where half precision is subnormal. NVFP4's and MXFP4's scales are exact.
     """
     fmt = value.format
+    if fmt.scale.code_bits:
+        return 0.0
     if kind_of(fmt, value.num_columns) in (Kind.MXFP4, Kind.NVFP4):
         return (
             2.0**-22 * value.dequantize(torch.float32).abs() if kind_of(fmt, value.num_columns) is Kind.NVFP4 else 0.0

@@ -11,6 +11,7 @@ in its low and element j + B/2 in its high half. Layouts: ggml's `ggml-common.h`
 | INT6, INT8 symmetric | Q8_0 | d q |
 | FP4, FP6 E2M3, MXFP6 E2M3 | Q8_0 | values times 2 or 8 are small integers |
 | INT2 to INT5 asymmetric | Q4_1, Q5_1 | d q + m, m = -s z rounded to half precision |
+| Q2_K to Q6_K | Q2_K to Q6_K | gguf_k_types.py |
 | MXFP4, NVFP4 | MXFP4, NVFP4 | E8M0 or E4M3 scales; NVFP4's outer scale is a tensor of its own |
 """
 
@@ -21,10 +22,11 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aqtx.checkpoint.exports.gguf_k_types import parts_of
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.elements import code_to_value
 from aqtx.formats.scales import decode_scale
-from aqtx.formats.table import E8M0, NVFP4_SCALE, Format
+from aqtx.formats.table import E8M0, NVFP4_SCALE, SUPER_BLOCK, Format
 
 Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
@@ -44,6 +46,8 @@ class Encoded(NamedTuple):
 def kind_of(fmt: Format, num_columns: int) -> Kind | None:
     """The type that keeps a format's codes on rows of so many weights, None where there is none."""
     size, element = fmt.block_size(num_columns), fmt.element
+    if fmt.scale.code_bits:
+        return Kind[fmt.name.upper()] if num_columns % SUPER_BLOCK == 0 else None
     if fmt.scale is E8M0 and element.name == "e2m1":
         return Kind.MXFP4 if num_columns % 32 == 0 else None
     if fmt.scale is NVFP4_SCALE:
@@ -64,6 +68,8 @@ def encode(value: QuantizedTensor) -> Encoded:
     fmt, columns = value.format, value.num_columns
     kind = kind_of(fmt, columns)
     assert kind is not None and value.scale is not None  # refused before
+    if fmt.scale.code_bits:
+        return Encoded(_rows(*parts_of(value)), kind, None, 0)
     codes = value.codes().numpy()
     if kind is Kind.MXFP4:
         stored = value.scale.numpy()[..., None]
@@ -157,6 +163,7 @@ def _rows(*parts: Array) -> Bytes:
 
 def too_large(value: QuantizedTensor) -> bool:
     """Whether a scale exceeds half precision."""
-    if value.format.scale in (E8M0, NVFP4_SCALE) and value.format.element.name == "e2m1":
+    fmt = value.format
+    if fmt.scale.code_bits or (fmt.scale in (E8M0, NVFP4_SCALE) and fmt.element.name == "e2m1"):
         return False
     return bool(decode_scale(value.scales, value.format).abs().max() > _HALF_LARGEST)
