@@ -87,7 +87,7 @@ def test_names_are_checked_without_torch() -> None:
 def test_sets_stand_for_several_formats_each_once() -> None:
     assert expand(["mx", "mxfp4", "int8"]) == ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "int8")
     assert {*expand(["mx"]), *expand(["int"]), "nvfp4"} == set(expand(["all"]))
-    assert all(parse(name).name == name for name in expand(["all"]))
+    assert all(parse(name).name == name for name in expand(["all", "k", "groups"]))
     settings = Settings(method="error", candidates=("int", "nvfp4"), average_bits=4.25)
     assert settings.problems() == []
     assert [fmt.name for fmt in settings.formats] == ["int3_g64", "int4_g64", "nvfp4", "int6_g64", "int8_g64"]

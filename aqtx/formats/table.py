@@ -162,7 +162,14 @@ _ROWS: dict[str, tuple[Element, int, ScaleKind, str]] = {
 ALIASES = {"mxfp6": "mxfp6_e2m3", "mxfp8": "mxfp8_e4m3", "fp6": "fp6_e2m3", "fp8": "fp8_e4m3"}
 GROUPS = (32, 64, 128)
 _MX_SET, _INT_SET = ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3"), ("int3_g64", "int4_g64", "int6_g64", "int8_g64")
-SETS = {"mx": _MX_SET, "int": _INT_SET, "all": (*_MX_SET, *_INT_SET, "nvfp4")}  # names for several formats at once
+# names for several formats at once; `k` is for llama.cpp, `groups` has many sizes for what fuses matrices
+SETS = {
+    "mx": _MX_SET,
+    "int": _INT_SET,
+    "all": (*_MX_SET, *_INT_SET, "nvfp4"),
+    "k": ("q3_k", "q4_k", "q5_k", "q6_k"),
+    "groups": ("int2_g64", *(f"int{bits}{group}" for bits in (3, 4) for group in ("", "_g64", "_g32")), "int6", "int8"),
+}
 _NAME = re.compile(r"(?P<base>[a-z0-9_]+?)(?:_g(?P<group>\d+)|(?P<row>_row))?(?P<asym>_asym)?(?:@(?P<rule>\w+))?")
 
 

@@ -24,6 +24,7 @@ Cost = Callable[[Sequence[Site], Sequence[Format], Own, int], Tensor]
 Choose = Callable[[Options, Own, float | None], Tensor]
 
 OF_ALL = ("method", "keep")
+STANDARD = ("mxfp4", "mxfp6", "mxfp8")  # candidates where neither recipe nor method nor target names any
 OF_DECISIONS = ("candidates", "target", "pins", "min_bits", "max_bits", "activations", "rotate", "rotation_block")
 OF_COSTS = ("prove", "groups")
 DEFAULT_KEEP = ("attention", "router", "shared_expert_gate", "lm_head")
@@ -68,7 +69,7 @@ class Method:
     nominal: bool = False
     honours_groups: bool = False
     base: bool = True
-    candidates: tuple[str, ...] = ("mxfp4", "mxfp6", "mxfp8")
+    candidates: tuple[str, ...] = STANDARD
     counts: tuple[int, ...] = ()
     keep: tuple[str, ...] = DEFAULT_KEEP
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -9,11 +9,16 @@ from aqtx.errors import InputError, nearest, problems_of
 from aqtx.formats.table import Format, expand, parse
 from aqtx.numerics.hadamard import is_order
 from aqtx.planning.groups import group_problems
-from aqtx.planning.method import METHODS, Method
+from aqtx.planning.method import METHODS, STANDARD, Method
 from aqtx.registry import OneOf
 from aqtx.sensitivity.fisher import Detail
 from aqtx.sensitivity.selection import format_problems
 
+_OF_TARGETS = {
+    "vllm": ("groups",),
+    "transformers": ("int",),
+    "llama.cpp": ("k", "int4_g32", "int5_g32", "int8_g32"),
+}
 _TOLD_APART = ("average_bits", "budget_bytes", "plan", "groups")  # given in vain, they are problems of their own
 
 
@@ -25,7 +30,9 @@ class Settings:
         method: where the bits go; `aqtx ls methods` tells of each, and which of these keys it reads.
         candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
             `threshold` and `front_back` mxfp4, mxfp8. A list may name sets: `mx` (these three), `int` (INT3, 4, 6 and
-            8 in groups of 64), `all` (both and nvfp4).
+            8 in groups of 64), `all` (both and nvfp4), `groups` (INT2 to INT8 in groups of 32 to 128, so that few sites
+            can fill a budget; default for vllm, `int` for transformers), `k` (q3_k to q6_k; default for llama.cpp with
+            int4_g32, int5_g32 and int8_g32, which are for rows that are no multiples of 256).
         target: what will run the model. `vllm`, `llama.cpp` and `transformers` fuse matrices, which then share one
             format, and lack some formats; the budget counts the bytes of what they load. `aqtx` allows every plan.
         average_bits: stored bits per planned weight, scales included. Kept sites are outside it.
@@ -147,6 +154,8 @@ class Settings:
     @property
     def _candidates(self) -> dict[str, Format]:
         names = self.candidates if self.candidates is not None else self.row.candidates
+        if self.candidates is None and names == STANDARD:
+            names = _OF_TARGETS.get(self.target, names)
         return {parse(name).name: parse(name) for name in expand(names)}
 
     @property
