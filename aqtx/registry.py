@@ -1,6 +1,7 @@
 """What a pass is, and the table of all passes by their recipe names."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -45,25 +46,84 @@ class Changes:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration sequences by domain.
+
+    Attributes:
+        ids: token ids [num_sequences, length].
+        domains: the domain of each sequence; empty where all are of one.
+        asked: domain -> what it weighs in a mean over domains; None where each weighs as many sequences as it has.
+    """
+
+    ids: Tensor
+    domains: tuple[str, ...] = ()
+    asked: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse domains that do not fit the sequences, and weights that do not fit the domains."""
+        if self.domains and len(self.domains) != len(self.ids):
+            raise InputError(f"calibration: {len(self.ids)} sequences, but {len(self.domains)} names of domains")
+        weights = self.asked or {}
+        wrong = [name for name in dict.fromkeys(self.domains) if self.asked and not weights.get(name, 0) > 0]
+        if wrong:
+            raise InputError(f"calibration: domain {wrong[0]!r} has no weight above 0")
+
+    @classmethod
+    def mix(cls, parts: Mapping[str, tuple[Tensor, float]]) -> "Calibration":
+        """Sequences [n, length] and a weight by domain, laid out so that any first ones are mixed like the whole."""
+        places = [((row + 0.5) / len(ids), name, row) for name, (ids, _) in parts.items() for row in range(len(ids))]
+        order = [(name, row) for _, name, row in sorted(places, key=lambda place: place[0])]
+        ids = torch.stack([parts[name][0][row] for name, row in order])
+        return cls(ids, tuple(name for name, _ in order), {name: weight for name, (_, weight) in parts.items()})
+
+    def __getitem__(self, part: slice) -> "Calibration":
+        """Some of the sequences."""
+        return Calibration(self.ids[part], self.domains[part], self.asked)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Domain -> its share of the mean, of the domains that have sequences; the shares sum to 1."""
+        counts = Counter(self.domains)
+        given = counts if self.asked is None else {name: self.asked[name] for name in counts}
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
+
+    def rows(self, domain: str) -> Tensor:
+        """Which sequences are of a domain: bool [num_sequences]."""
+        return torch.tensor([name == domain for name in self.domains], dtype=torch.bool)
+
+    def shares(self) -> Tensor:
+        """What each sequence counts in the mean: float64 [num_sequences], sum 1."""
+        if self.asked is None or not self.domains:
+            return torch.full((len(self.ids),), 1 / max(len(self.ids), 1), dtype=torch.float64)
+        counts, weights = Counter(self.domains), self.weights
+        return torch.tensor([weights[name] / counts[name] for name in self.domains], dtype=torch.float64)
+
+
 @dataclass
 class Context:
     """What the pipeline lends to a pass."""
 
     seed: int = 0
     device: torch.device = _CPU
-    load_calibration: Callable[[], Tensor] | None = None
+    load_calibration: Callable[[], Tensor | Calibration] | None = None
     work: Path | None = None  # scratch folder, kept until the run is complete: resume points, spilled tensors
     quiet: bool = False
     ranks: Ranks = ALONE
     max_memory: int | None = None  # bytes that the whole process may take, None: what is free
-    _calibration: Tensor | None = None
+    _calibration: Calibration | None = None
 
     def calibration(self) -> Tensor:
         """Token ids [num_sequences, length], read and tokenised once."""
+        return self.by_domain().ids
+
+    def by_domain(self) -> Calibration:
+        """The same sequences with their domains."""
         if self._calibration is None:
             if self.load_calibration is None:
                 raise InputError("a pass needs calibration text: give `calibration` in the recipe or to aqtx.run")
-            self._calibration = self.load_calibration()
+            found = self.load_calibration()
+            self._calibration = found if isinstance(found, Calibration) else Calibration(found)
         return self._calibration
 
     def room(self) -> int:

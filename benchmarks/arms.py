@@ -17,7 +17,7 @@ def measured(folder: Path, arms: Mapping[str, Measure]) -> dict[str, dict[str, A
     The same command started twice shares the work; the one that ends last has all arms.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{re.sub(r'[^a-z0-9_.@]+', '-', name.lower())}.json" for name in arms}
+    files = {name: file_of(folder, name) for name in arms}
     for name, measure in arms.items():
         with _claimed(files[name].with_suffix(".lock")) as mine:
             if mine and not files[name].exists():
@@ -25,6 +25,11 @@ def measured(folder: Path, arms: Mapping[str, Measure]) -> dict[str, dict[str, A
                 staged.write_text(json.dumps(measure()))
                 staged.rename(files[name])
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where an arm lies once it is measured."""
+    return folder / f"{re.sub(r'[^a-z0-9_.@]+', '-', name.lower())}.json"
 
 
 @contextmanager

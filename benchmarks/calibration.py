@@ -36,7 +36,8 @@ from aqtx.registry import Context, Pass
 from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
 from aqtx.text import self_sampling
-from aqtx.text.tokens import CalibrationSpec, Tokenizer, calibration, evaluation, load_tokenizer
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import Tokenizer, calibration, evaluation, load_tokenizer
 from benchmarks.arms import measured
 
 Found = dict[str, dict[str, Any]]

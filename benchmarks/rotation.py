@@ -35,7 +35,8 @@ from aqtx.program.program import Program
 from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
 from aqtx.runs.recipe import build
-from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import calibration, evaluation, load_tokenizer
 from benchmarks.arms import measured
 from benchmarks.outliers import plant
 from benchmarks.spread import spread

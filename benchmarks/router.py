@@ -26,7 +26,8 @@ from aqtx.passes.unfreeze_router import UnfreezeRouter
 from aqtx.registry import Context
 from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
-from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import calibration, evaluation, load_tokenizer
 
 
 def measure(fmt: str, training: FinetuneRouter, text: CalibrationSpec, *, held_out_only: bool) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.program.program import Program
 from aqtx.runs.recipe import parse_recipe
+from aqtx.text.calibration_spec import CalibrationSpec
 from aqtx.text.sources import read_passages
-from aqtx.text.tokens import CalibrationSpec
 from tests.tiny import OLMOE, random_model
 
 LENGTH = ebss.SLOTS + 8  # the cache grows once

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
+from aqtx.evaluate.divergence import evaluate_divergence
 from aqtx.evaluate.perplexity import DocumentScores, cut_windows, evaluate_perplexity
 from aqtx.evaluate.statistics import paired_change, perplexity_interval, perplexity_report
 from aqtx.numerics.intervals import bootstrap_ratio, paired_difference
@@ -30,6 +31,25 @@ def documents(*lengths):
 def plain_nll(document):
     log_probabilities = bigram(document.ids).log_softmax(-1)
     return -sum(float(log_probabilities[i, document.ids[i + 1]]) for i in range(len(document.ids) - 1))
+
+
+@pytest.mark.parametrize("window", [3, 64])
+def test_divergence_is_summed_over_the_scored_tokens(window):
+    """Against torch's own kl_div, token by token; the loss is that of perplexity."""
+    texts = documents(9, 5, 2)
+
+    def other(ids):
+        return 0.5 * bigram(ids)
+
+    itself, found = evaluate_divergence(bigram, [bigram, other], texts, window=window)
+    assert itself.divergence.nll.tolist() == [0.0] * 3
+    for document, total in zip(texts, found.divergence.nll, strict=True):
+        p, q = (forward(document.ids[:-1]).log_softmax(-1) for forward in (bigram, other))
+        assert total == pytest.approx(
+            float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")), rel=1e-5
+        )
+    losses = evaluate_perplexity(other, texts, window=window)
+    assert np.array_equal(found.loss.nll, losses.nll) and found.loss.domains == losses.domains
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])

@@ -11,7 +11,8 @@ from aqtx.passes.quantize import Quantize
 from aqtx.passes.unfreeze_router import UnfreezeRouter
 from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
-from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import calibration, evaluation, load_tokenizer
 
 
 @pytest.mark.slow

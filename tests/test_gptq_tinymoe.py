@@ -11,7 +11,8 @@ from aqtx.passes.gptq import Gptq
 from aqtx.program.program import Program
 from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
-from aqtx.text.tokens import CalibrationSpec, Document, calibration, evaluation, load_tokenizer
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer
 
 FEW = CalibrationSpec(num_sequences=2, sequence_length=128)
 

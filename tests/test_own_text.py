@@ -13,8 +13,9 @@ from aqtx.program.generate import Generator, Sampling
 from aqtx.program.program import Program
 from aqtx.runs.recipe import parse_recipe
 from aqtx.text import own_text
+from aqtx.text.calibration_spec import CalibrationSpec
 from aqtx.text.sources import read_passages
-from aqtx.text.tokens import CalibrationSpec, load_tokenizer, prompt_ids
+from aqtx.text.tokens import load_tokenizer, prompt_ids
 from tests.foreign_models import foreign
 from tests.tiny import random_model
 

@@ -1,6 +1,7 @@
 """The lab on a small random model: arms at equal bytes, verdicts, correlations, resumption."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from aqtx.planning.arms import Arm, StudySpec, arm_of
 from aqtx.planning.decide import decide
 from aqtx.planning.method import arms
 from aqtx.program.plan import Plan
-from aqtx.registry import Context
+from aqtx.registry import Calibration, Context
 from aqtx.report.write import write_report
 from aqtx.runs.recipe import Recipe, parse_recipe
 from aqtx.schema import parse_fields
@@ -98,6 +99,28 @@ def test_scores_are_kept(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(study)["points"] == before
 
 
+def test_regret_by_domain_is_measured(study: Study, tmp_path: Path) -> None:
+    """Divergences of all documents of a domain, under the plan over those under the domain's own plan."""
+    g = torch.Generator().manual_seed(4)
+    parts = {name: (torch.randint(low, low + 90, (6, 24), generator=g), 1.0) for name, low in (("a", 0), ("b", 100))}
+    documents = [Document(name, torch.randint(0, 192, (20,), generator=g)) for name in "abc" * 3]
+    context = Context(quiet=True, load_calibration=lambda: Calibration.mix(parts))
+    program = aqtx.trace(study.program.folder or "")
+    AnnotateAlpha().run(program, context)
+    spec = replace(SPEC, methods=("fisher",), reference="fisher", domains=True, trial_seconds=0.0)
+    made = Study(study.recipe, spec, tmp_path, program, context, documents)
+    rows = made.run()["domains"]
+    assert [(row["objective"], row["domain"]) for row in rows] == [
+        (objective, domain) for domain in "ab" for objective in ("mean", "worst_domain")
+    ]
+    for row in rows:
+        assert row["regret"]["value"] == pytest.approx(row["divergence"]["value"] / row["own"]["value"])
+        assert row["divergence"]["value"] > 0 and row["predicted"] >= 1 - 1e-9
+    assert "| 3.75 | worst_domain | b |" in (tmp_path / "study.md").read_text()
+    write_report(tmp_path)
+    assert "predicted regret" in (tmp_path / "report.html").read_text()
+
+
 def scores(nll: list[float]) -> DocumentScores:
     return DocumentScores(("d",) * len(nll), np.array(nll), np.full(len(nll), 10), 16, 0)
 
@@ -159,7 +182,7 @@ def test_a_study_is_held_against_its_model_as_a_run_is(tmp_path: Path) -> None:
 def test_the_truth_is_measured_on_text_that_no_method_saw(study: Study) -> None:
     """Trials of the method `trial` stay its own: where it was compared with itself, the correlation was 1."""
     ids = torch.randint(0, 192, (6, 24), generator=torch.Generator().manual_seed(5))
-    seen, held = held_out(ids, 4)
+    seen, held = (part.ids for part in held_out(Calibration(ids), 4))
     assert len(seen) == len(held) == 3 and torch.equal(torch.cat([seen, held]), ids)
     settings = AssignPlan(method="trial", candidates=("int3", "mxfp4"), average_bits=4.0, trial_sequences=2)
     context = Context(quiet=True, load_calibration=lambda: seen)
@@ -174,4 +197,4 @@ def test_the_truth_is_measured_on_text_that_no_method_saw(study: Study) -> None:
     assert own != truth.loss and row["all"] == pytest.approx(float(spearmanr(own, truth.loss)[0]), abs=1e-4)
     assert row["all"] < 1
     with pytest.raises(InputError, match="text that no method saw"):
-        held_out(ids[:1], 4)
+        held_out(Calibration(ids[:1]), 4)

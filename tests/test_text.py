@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from aqtx.errors import InputError
+from aqtx.text.calibration_spec import CalibrationSpec
 from aqtx.text.sources import read_passages
-from aqtx.text.tokens import CalibrationSpec, calibration, evaluation
+from aqtx.text.tokens import calibration, evaluation
 
 
 class Bytes:

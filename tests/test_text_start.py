@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import aqtx.text.self_sampling as ebss
 from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
-from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer, start_of
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import calibration, evaluation, load_tokenizer, start_of
 from tests.tiny import random_model
 
 BOS, EOS = 256, 257

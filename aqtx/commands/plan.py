@@ -60,6 +60,20 @@ def conclusion(plan: "Plan") -> str:
             "proven to be the least" if plan.gap == 0 else f"at most {plan.gap:.2g} of it above the least possible"
         )
         lines.append(f"predicted loss {plan.cost:.6g}, {optimum}")
+    return "\n".join(lines) + _domains(plan)
+
+
+def _domains(plan: "Plan") -> str:
+    """What the plan is foretold to cost each domain of the text."""
+    if not plan.domains:
+        return ""
+    header = ["domain", "predicted loss", "of its own best plan", "regret"]
+    rows = [
+        [name, f"{row['loss']:.4g}", f"{row['own']:.4g}", f"{row['regret']:.3f}"] for name, row in plan.domains.items()
+    ]
+    lines = ["", "", format_table(header, rows)]
+    if plan.worst_domain:
+        lines.append(f"\nlargest regret at most {plan.worst_domain['gap']:.2g} of it above the least possible")
     return "\n".join(lines)
 
 

@@ -97,7 +97,7 @@ class _Told:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """ids[start:stop] of a document go in; of their successors the last `num_scored` are scored."""
 
     document: int
@@ -107,16 +107,17 @@ class _Window:
 
     @property
     def length(self) -> int:
+        """Tokens that go in."""
         return self.stop - self.start
 
 
-def cut_windows(document: int, length: int, *, window: int, context: int = 0) -> Iterator[_Window]:
+def cut_windows(document: int, length: int, *, window: int, context: int = 0) -> Iterator[Window]:
     """The windows of one document of `length` tokens: their scored targets tile positions 1 .. length - 1."""
     first = 1  # position of the run's first target
     while first < length:
         # The first run has no earlier context to keep, so it takes the whole window.
         last = min(first + (window if first == 1 else window - context), length)
-        yield _Window(document, max(0, last - 1 - window), last - 1, last - first)
+        yield Window(document, max(0, last - 1 - window), last - 1, last - first)
         first = last
 
 
@@ -142,12 +143,12 @@ def evaluate_perplexity(
         for index, document in enumerate(documents)
         for piece in cut_windows(index, len(document.ids), window=window, context=context)
     ]
-    batches = list(_batches(windows, forward, batch_size))
+    batches = list(batches_of(windows, forward, batch_size))
     ranks, losses = ranks_of(forward), list[list[float]]()
     mine = ranks.mine(batches)
-    logits = many_with(forward)([_ids(documents, batch) for batch in mine])
+    logits = many_with(forward)([ids_of(documents, batch) for batch in mine])
     for batch in progress(mine, description="perplexity") if progress else mine:
-        losses.append(_score(next(logits), documents, batch))
+        losses.append(losses_of(next(logits), documents, batch))
     next(logits, None)  # to its end, where it clears up
     nll = np.zeros(len(documents))
     shared = ranks.gather(losses)
@@ -158,9 +159,9 @@ def evaluate_perplexity(
     return DocumentScores(tuple(document.domain for document in documents), nll, num_tokens, window, context)
 
 
-def _batches(
-    windows: Sequence[_Window], forward: Callable[[Tensor], Tensor], batch_size: int
-) -> Iterator[list[_Window]]:
+def batches_of(
+    windows: Sequence[Window], forward: Callable[[Tensor], Tensor], batch_size: int
+) -> Iterator[list[Window]]:
     """Windows of equal length together, longest first: what runs out of memory does so at once."""
     ordered = sorted(windows, key=lambda piece: -piece.length)
     for length, group in itertools.groupby(ordered, key=lambda piece: piece.length):
@@ -169,12 +170,13 @@ def _batches(
             yield equal[start : start + rows]
 
 
-def _ids(documents: Sequence[Document], batch: Sequence[_Window]) -> Tensor:
+def ids_of(documents: Sequence[Document], batch: Sequence[Window]) -> Tensor:
+    """What the model is given for a batch of equal windows."""
     return torch.stack([documents[piece.document].ids[piece.start : piece.stop] for piece in batch])  # [B, S]
 
 
 @torch.no_grad()
-def _score(logits: Tensor, documents: Sequence[Document], batch: Sequence[_Window]) -> list[float]:
+def losses_of(logits: Tensor, documents: Sequence[Document], batch: Sequence[Window]) -> list[float]:
     """Summed losses of a batch's windows: logits [B, S, V]."""
     losses = []
     for row, piece in zip(logits, batch, strict=True):

@@ -21,6 +21,7 @@ class StudySpec:
         average_bits: budgets, in stored bits per planned weight.
         random_seeds: repetitions of the random arm.
         max_document: tokens of a document to score, so that there are many documents to resample; null takes all.
+        domains: also measure, for each domain of the text, what the plans of `fisher` lose over those of its own.
         trial_seconds: time for measuring single matrices, the truth that sensitivities are correlated with.
     """
 
@@ -29,6 +30,7 @@ class StudySpec:
     average_bits: tuple[float, ...] = (3.5, 4.5, 5.5)
     random_seeds: int = 5
     max_document: int | None = 512
+    domains: bool = False
     trial_seconds: float = 120.0
 
     def __post_init__(self) -> None:
@@ -87,4 +89,4 @@ def _plain(base: Settings) -> Settings:
     """The recipe's settings without what names a size or belongs to one method; a pass becomes plain settings."""
     names: Iterable[str] = Settings.__dataclass_fields__
     fields = {name: getattr(base, name) for name in names}
-    return Settings(**{**fields, "budget_bytes": None, "plan": None, "activations": "none"})
+    return Settings(**{**fields, "budget_bytes": None, "plan": None, "activations": "none", "objective": "mean"})

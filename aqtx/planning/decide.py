@@ -1,5 +1,6 @@
 """From settings to a plan."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from torch import Tensor
 from aqtx.errors import InputError
 from aqtx.formats.table import parse
 from aqtx.numerics.allocate import Allocation, allocate
+from aqtx.planning.domains import Domains, needs_domains
 from aqtx.planning.groups import group_numbers
 from aqtx.planning.manual import Scheme, read_manual
 from aqtx.planning.options import Division, build_options, divide, limit
@@ -58,10 +60,13 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
         plan = _plan(program, division, options, settings, (found.choice, cost, found))
         return Decision(rotations.note(plan, rotated), {**details, "rotation": rotations.details(rotated)})
     else:
-        found = _allocate(cost, options, settings, budget)
+        found, facts = _solved(cost, options, settings, budget)
+        details |= facts
         if settings.target != FREE:
             details["target"] = _price(cost, options, settings, budget, found)
-    decision = Decision(_plan(program, division, options, settings, (found.choice, cost, found)), details)
+    plan = _plan(program, division, options, settings, (found.choice, cost, found))
+    plan = replace(plan, **{key: details.pop(key) for key in ("domains", "worst_domain") if key in details})
+    decision = Decision(plan, details)
     return _rotated(decision, program, options, settings, context, found.choice)
 
 
@@ -105,6 +110,36 @@ def _allocate(cost: Tensor, options: Options, settings: Settings, budget: float 
     return allocate(cost, options.counted, budget, exact=exact, groups=options.groups, allowed=options.allowed)
 
 
+def own_plans(program: Program, settings: Settings, context: Context) -> dict[str, dict[str, str]]:
+    """For each domain of the text the plan that is best for it alone, site name -> format; nothing for one domain."""
+    options = build_options(program, divide(program, settings), settings)
+    budget = limit(program, options, settings)
+    _costs(program, options, settings.costed, context)
+    domains = Domains.of(settings, options, lambda each: _allocate(each, options, settings, budget))
+    if domains is None:
+        return {}
+    names = [site.name for site in options.sites]
+    return {
+        domain: {name: options.formats[i].name for name, i in zip(names, found.choice.tolist(), strict=True)}
+        for domain, found in zip(domains.names, domains.own, strict=True)
+    }
+
+
+def _solved(
+    cost: Tensor, options: Options, settings: Settings, budget: float | None
+) -> tuple[Allocation, dict[str, Any]]:
+    """The best plan by the settings' objective; of text in several domains also what it costs each."""
+    domains = Domains.of(settings, options, lambda each: _allocate(each, options, settings, budget))
+    if settings.objective == "mean":
+        found = _allocate(cost, options, settings, budget)
+        return found, {} if domains is None else {"domains": domains.table(found.choice)}
+    if domains is None:
+        raise needs_domains()
+    quick = replace(settings, prove=False)  # a hundred plans of a thousandth's gap each; their bounds hold
+    found, facts = domains.worst(cost, lambda each: _allocate(each, options, quick, budget))
+    return found, {"domains": domains.table(found.choice), "worst_domain": facts}
+
+
 def _price(
     cost: Tensor, options: Options, settings: Settings, budget: float | None, found: Allocation
 ) -> dict[str, Any]:
@@ -138,7 +173,7 @@ def _plan(
         name: entries[name] if name in entries else kept_entry(program, site, reasons[name])
         for name, site in unique_sites(program).items()
     }
-    bounds = (None, None, None) if found is None else (found.cost, found.bound, found.gap)
+    bounds = (None, None, None) if found is None else (found.cost, *map(_number, (found.bound, found.gap)))
     return Plan(
         sites=sites,
         method=settings.method,
@@ -147,6 +182,11 @@ def _plan(
         bound=bounds[1],
         gap=bounds[2],
     )
+
+
+def _number(value: float) -> float | None:
+    """What is not known, as JSON says it."""
+    return None if math.isnan(value) else value
 
 
 def _budget_json(settings: Settings) -> dict[str, float]:

@@ -21,6 +21,7 @@ from aqtx.sensitivity.measured import Request
 Own = Mapping[str, Any]  # values of the keys that a method's row names
 Measure = Callable[[Program, Sequence[Request], Own, Context, int], dict[str, Any]]
 Cost = Callable[[Sequence[Site], Sequence[Format], Own, int], Tensor]
+Domains = Callable[[Sequence[Site], Sequence[Format], Own], dict[str, Tensor]]
 Choose = Callable[[Options, Own, float | None], Tensor]
 
 OF_ALL = ("method", "keep")
@@ -44,6 +45,7 @@ class Method:
         measure: (program, wanted, own, context, seed) -> details for the report. Annotates what is lacking; errors by
             format are there already.
         cost: (sites, formats, own, seed) -> [sites, formats], from what the sites are annotated with.
+        domains: (sites, formats, own) -> domain of the text -> costs of it alone, empty where there is one only.
         choose: (options, own, budget in bytes) -> a format index per site; the budget holds with pins and limits.
         budget: whether it must be given one, may be, or derives the size from its own keys.
         nominal: the budget counts every matrix once, at the bits of its elements.
@@ -64,6 +66,7 @@ class Method:
     walks: Callable[[Own], tuple[Walks, int | None]] = lambda own: ("matrices", None)
     measure: Measure | None = None
     cost: Cost | None = None
+    domains: Domains | None = None
     choose: Choose | None = None
     budget: Literal["required", "optional", "own"] = "required"
     nominal: bool = False

@@ -60,6 +60,8 @@ class Settings:
         seed: of `random` and of what is sampled; default the recipe's.
         fisher_sequences: of `fisher`: calibration sequences to take gradients of.
         fisher_detail: `direction` along each format's error; of the diagonal alone `element`, or its mean `matrix`.
+        objective: of `fisher`, where calibration text has several domains: the least loss in their weighted `mean`, or
+            in the `worst_domain`, held against what that domain would lose under its own best plan.
         trial_sequences: of `trial`, and of `calibrated` where it is fitted to trials: sequences to run them on.
         num_trials: of `calibrated`: matrices to try, spread over the roles.
         fit_to: of `calibrated`: what alpha is fitted to, `fisher` of all matrices or `trial` of a sample.
@@ -94,6 +96,7 @@ class Settings:
     seed: int | None = None
     fisher_sequences: int = 64
     fisher_detail: Detail = "direction"
+    objective: Literal["mean", "worst_domain"] = "mean"
     trial_sequences: int = 4
     num_trials: int = 24
     fit_to: Literal["fisher", "trial"] = "fisher"
@@ -165,7 +168,7 @@ class Settings:
 
     def without_text(self) -> Self:
         """The same by a method that looks at no text: to it all Gaussian matrices are alike, as to the error."""
-        return replace(self, method="error") if self.needs_text else self
+        return replace(self, method="error", objective="mean") if self.needs_text else self
 
     def unread(self, also: Collection[str] = ()) -> list[str]:
         """A sentence for each key that differs from its default although the method does not read it.
@@ -216,6 +219,11 @@ class Settings:
             yield "plan, a JSON file or its content, goes with method manual and only with it."
         if self.rotate == "auto" and "rotate" not in self.row.keys:
             yield f"rotate auto goes with methods that decide; for {self.method} name the sites to insert_hadamard."
+        if self.objective != "mean" and self.row.domains is None:
+            able = [name for name, row in sorted(METHODS.items()) if row.domains is not None]
+            yield f"objective {self.objective} goes with methods that know costs by domain: {', '.join(able)}."
+        elif self.objective != "mean" and self.rotate == "auto":
+            yield f"objective {self.objective} does not go with rotate auto, which weighs all domains alike."
         if self.rotation_block < 2 or not is_order(self.rotation_block):
             yield f"rotation_block: no Hadamard matrix of order {self.rotation_block} is known; take 16, 32, 64 or 128."
         for key in ("fisher_sequences", "trial_sequences", "num_trials", "search_steps"):

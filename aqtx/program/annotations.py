@@ -81,6 +81,7 @@ for _row in (
         "format -> predicted divergence by the Fisher information's diagonal; nats per token",
     ),
     ("fisher_matrix", dict, "format -> predicted divergence by the diagonal's mean over the matrix; nats per token"),
+    ("<fisher>_domains", dict, "domain of the text -> format -> what the annotation <fisher> says of it alone"),
     ("trial", dict, "format -> relative squared change of the block's output when the matrix alone is rounded"),
     ("trial_loss", dict, "format -> divergence of predictions when the matrix alone is rounded; nats per token"),
     ("calibrated", float, "logarithm of the loss per unit of squared error, by alpha fitted to this model"),

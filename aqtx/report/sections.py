@@ -122,7 +122,23 @@ def plan(data: RunData) -> str:
         groups.setdefault(site["category"], []).append(site)
     header = ("category", "matrices", "formats", "mean alpha", "bytes", "bits per weight", "mean relative error")
     rows = [_plan_row(name, sites) for name, sites in sorted(groups.items())]
-    return (html.paragraph(words.capitalize() + ".") if words else "") + html.table(header, rows)
+    table = html.table(header, rows) + _domains(data.plan)
+    return (html.paragraph(words.capitalize() + ".") if words else "") + table
+
+
+def _domains(found: dict[str, Any]) -> str:
+    """What the plan is foretold to cost each domain of the text, and its own best plan would at the same bytes."""
+    if not found.get("domains"):
+        return ""
+    words = "Predicted loss by domain of the calibration text, in nats per token. The regret is over the plan that is "
+    words += "best for the domain alone, at the same bytes."
+    if gap := (found.get("worst_domain") or {}).get("gap"):
+        words += f" The largest regret is at most {decimal(gap, 4)} of it above the least possible."
+    rows = [
+        (name, decimal(row.get("loss"), 6), decimal(row.get("own"), 6), decimal(row.get("regret")))
+        for name, row in found["domains"].items()
+    ]
+    return html.paragraph(words) + html.table(("domain", "predicted loss", "of its own best plan", "regret"), rows)
 
 
 def _plan_row(name: str, sites: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ def study(data: RunData) -> str:
         raise Absent("this folder holds no study (study.json).")
     words = [*found.get("summary", []), (found.get("calibrated") or {}).get("sentence", "")]
     sentences = "".join(f"<li>{html.text(sentence)}</li>" for sentence in words if sentence)
-    return f"<ul>{sentences}</ul>" + _points(found["points"]) + _correlations(found)
+    return f"<ul>{sentences}</ul>" + _points(found["points"]) + _regrets(found) + _correlations(found)
 
 
 def _points(points: list[dict[str, Any]]) -> str:
@@ -33,6 +33,29 @@ def _points(points: list[dict[str, Any]]) -> str:
         for row in ordered
     ]
     return html.table(header, rows)
+
+
+def _regrets(found: dict[str, Any]) -> str:
+    rows = found.get("domains") or []
+    if not rows:
+        return ""
+    words = (
+        "Divergence by domain of the text, and its regret: the ratio to that of the domain's own plan at equal bytes."
+    )
+    header = ("budget", "objective", "domain", "divergence", "of its own plan", "regret", "predicted regret")
+    cells = [
+        (
+            decimal(row.get("budget_bits"), 2),
+            row["objective"],
+            row["domain"],
+            decimal((row.get("divergence") or {}).get("value"), 6),
+            decimal((row.get("own") or {}).get("value"), 6),
+            interval(row.get("regret")),
+            decimal(row.get("predicted")),
+        )
+        for row in rows
+    ]
+    return html.paragraph(words) + html.table(header, cells)
 
 
 def _correlations(found: dict[str, Any]) -> str:

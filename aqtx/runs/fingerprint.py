@@ -60,15 +60,16 @@ def origin(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
     return {
         "recipe": recipe.resolved(),
         "source": source_hashes(folder) if folder is not None else {},
-        "calibration text": text_hashes(recipe.calibration.source),
+        "calibration text": text_hashes(*recipe.calibration.weights),
         "evaluation files": text_hashes(text) if text is not None else {},
     }
 
 
-def text_hashes(source: str) -> dict[str, str]:
-    """SHA-256 of the files of a text source, by path; nothing for one that is known by its name."""
-    root = Path(source)
-    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+def text_hashes(*sources: str) -> dict[str, str]:
+    """SHA-256 of the files of text sources, by path; nothing for those that are known by their names."""
+    files: list[Path] = []
+    for root in map(Path, sources):
+        files += sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
     return {str(file): sha256(file) for file in files if file.is_file()}
 
 

@@ -8,10 +8,12 @@ from aqtx.checkpoint.open import open_program
 from aqtx.errors import InputError
 from aqtx.machine.devices import device_of
 from aqtx.program.program import Program
-from aqtx.registry import Context
+from aqtx.registry import Calibration, Context
 from aqtx.runs.recipe import Recipe
 from aqtx.text import own_text, self_sampling
-from aqtx.text.tokens import WRITTEN, calibration, load_tokenizer, start_of
+from aqtx.text.calibration_spec import WRITTEN, CalibrationSpec
+from aqtx.text.sources import UNNAMED
+from aqtx.text.tokens import calibration_by_domain, load_tokenizer, start_of
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -30,19 +32,37 @@ def recipe_context(recipe: Recipe, program: Program, *, work: Path | None = None
     return context
 
 
-def calibration_of(recipe: Recipe, program: Program, context: Context) -> torch.Tensor:
-    """Token ids: written by the model itself, or from text."""
+def calibration_of(recipe: Recipe, program: Program, context: Context) -> Calibration:
+    """Token ids by domain: written by the model itself, or from text; several sources are mixed by their weights.
+
+    A part of a mixture is a domain, called as its text calls itself or else as its source.
+    """
     spec = recipe.calibration
-    if spec.source in WRITTEN:
-        folder = program.folder
-        known = folder is not None and any(folder.glob("tokenizer*"))  # no tokenizer, nothing that it puts
-        start = start_of(load_tokenizer(folder_of(program))) if known else []
-        if spec.source == "self":
-            return own_text.calibration(
-                program, spec, recipe.seed, context.work, start=start, progress=context.progress
-            )
-        return self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
-    return calibration(spec, load_tokenizer(folder_of(program)), recipe.seed, progress=context.progress)
+    if isinstance(spec.source, str):
+        return _of_one_source(spec, recipe, program, context)
+    found: dict[str, tuple[torch.Tensor, float]] = {}
+    for source, part in spec.parts().items():
+        text = _of_one_source(part, recipe, program, context)
+        names = set(text.domains) - {UNNAMED}
+        name = names.pop() if len(names) == 1 else source
+        if name in found:
+            raise InputError(f"calibration.source: two sources are of one domain, {name!r}; put their text together")
+        found[name] = (text.ids, spec.weights[source])
+    return Calibration.mix(found)
+
+
+def _of_one_source(spec: CalibrationSpec, recipe: Recipe, program: Program, context: Context) -> Calibration:
+    if spec.source not in WRITTEN:
+        tokenizer = load_tokenizer(folder_of(program))
+        return Calibration(*calibration_by_domain(spec, tokenizer, recipe.seed, progress=context.progress))
+    folder = program.folder
+    known = folder is not None and any(folder.glob("tokenizer*"))  # no tokenizer, nothing that it puts
+    start = start_of(load_tokenizer(folder_of(program))) if known else []
+    if spec.source == "self":
+        ids = own_text.calibration(program, spec, recipe.seed, context.work, start=start, progress=context.progress)
+    else:
+        ids = self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
+    return Calibration(ids, (str(spec.source),) * len(ids))
 
 
 def folder_of(program: Program) -> Path:

@@ -12,7 +12,7 @@ from aqtx.errors import InputError
 from aqtx.machine.memory import release_unused
 from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.program.program import Program
-from aqtx.registry import Changes, Context, Pass
+from aqtx.registry import Calibration, Changes, Context, Pass
 from aqtx.runs.verify import Probe, check_graphs, compare, probe_batch, probe_outputs
 
 
@@ -121,13 +121,16 @@ def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
         raise InputError(f"calibration ids go from {low} to {high}, the model's from 0 to {vocab_size}, exclusive")
 
 
-def run(program: Program, passes: Iterable[Pass], *, calibration: Tensor | None = None, seed: int = 0) -> Program:
+def run(
+    program: Program, passes: Iterable[Pass], *, calibration: Tensor | Calibration | None = None, seed: int = 0
+) -> Program:
     """Run passes over a program and return it.
 
     Args:
         program: from `aqtx.trace`; changed in place.
         passes: in the order in which they run.
-        calibration: token ids [num_sequences, length] for the passes that look at activations.
+        calibration: token ids [num_sequences, length] for the passes that look at activations; of several domains as
+            `aqtx.registry.Calibration.mix({domain: (ids, weight), ...})`.
         seed: of everything random.
 
     Raises:
@@ -136,6 +139,7 @@ def run(program: Program, passes: Iterable[Pass], *, calibration: Tensor | None 
     keep_few_kernels()
     context = Context(seed=seed, device=program.device, quiet=False)
     if calibration is not None:
-        _check_ids(calibration, program.config.get("vocab_size"))
+        ids = calibration.ids if isinstance(calibration, Calibration) else calibration
+        _check_ids(ids, program.config.get("vocab_size"))
         context.load_calibration = lambda: calibration
     return Run(program, context).execute(passes)

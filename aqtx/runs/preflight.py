@@ -1,6 +1,7 @@
 """What can be known to go wrong before a run begins: told at once, not after an hour of work."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from aqtx.errors import problems_of
@@ -11,8 +12,8 @@ from aqtx.registry import Pass
 from aqtx.runs import memory_needs
 from aqtx.runs.pipeline import misfits
 from aqtx.runs.recipe import Recipe
+from aqtx.text.calibration_spec import WRITTEN
 from aqtx.text.sources import check_source
-from aqtx.text.tokens import WRITTEN
 
 _FOLLOWED_BY: dict[str, str] = {"plan": "round", "round": "emit"}
 _ADD = {
@@ -29,8 +30,10 @@ def preflight(recipe: Recipe, program: Program) -> list[str]:
         program: its model.
     """
     problems = out_of_order(recipe.passes) + misfits(program, recipe.passes)
-    if recipe.calibration.source not in WRITTEN:
-        problems += _named("calibration.source", problems_of(lambda: check_source(recipe.calibration.source)))
+    for source in recipe.calibration.weights:
+        if source not in WRITTEN:
+            problems += _named("calibration.source", problems_of(partial(check_source, source)))
+    problems += problems_of(recipe.calibration.parts)
     spec = recipe.evaluate
     if spec is not None and spec.perplexity is not None:
         text = spec.perplexity

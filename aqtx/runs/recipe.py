@@ -24,7 +24,7 @@ from aqtx.planning.arms import StudySpec
 from aqtx.registry import Pass
 from aqtx.runs.yaml_text import apply_overrides, parse_overrides, parse_yaml
 from aqtx.schema import join, parse_fields, plain
-from aqtx.text.tokens import CalibrationSpec
+from aqtx.text.calibration_spec import CalibrationSpec
 
 _MOST_CHARACTERS = 1_000_000  # PyYAML takes seconds for so much
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"

@@ -12,9 +12,10 @@ F the mean of g g^T over tokens, g the gradient of -ln p(y) and y drawn from the
                At two bits they are not: rounding shrinks a matrix along itself, and the diagonal misses it.
     matrix     the diagonal's mean over each matrix.
 
-Annotations: `fisher`, `fisher_element`, `fisher_matrix` {format: nats per token}. One block's weights are in memory at
-a time, and the errors or gradients of one matrix; what flows between blocks and the rows x and d of one block are in
-memory too where that is a small part of what may be used, else on disk.
+Annotations: `fisher`, `fisher_element`, `fisher_matrix` {format: nats per token}; of text in several domains, from the
+same pass, also by domain: `fisher_domains` and so on. Domains weigh what the text's weights say. One block's weights
+are in memory at a time, and the errors or gradients of one matrix; what flows between blocks and the rows x and d of
+one block are in memory too where that is a small part of what may be used, else on disk.
 """
 
 from collections.abc import Sequence
@@ -29,10 +30,10 @@ from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
 from aqtx.program.program import Program
 from aqtx.program.site import Site, weight_node
-from aqtx.registry import Context
+from aqtx.registry import Calibration, Context
 from aqtx.sensitivity.fisher_record import FisherRecord
 from aqtx.sensitivity.label_gradients import drawn_labels, given_labels
-from aqtx.sensitivity.measured import Request, annotate, has, matrix, weighted_errors
+from aqtx.sensitivity.measured import Request, annotate, has, matrix
 from aqtx.sensitivity.text_gradients import text_gradients
 
 Detail = Literal["direction", "element", "matrix"]
@@ -51,11 +52,11 @@ def measure_fisher(
     missing = [(site, formats) for site, formats in wanted if not has(site, KEYS[detail], formats)]
     if not missing:
         return
-    ids = context.calibration()[:num_sequences]
+    text = context.by_domain()[:num_sequences]
     if detail == "direction":
-        _measure_directions(program, missing, ids, context)
+        _measure_directions(program, missing, text, context)
     else:
-        _measure_diagonals(program, missing, ids, context, detail)
+        _measure_diagonals(program, missing, text, context, detail)
 
 
 def users_of(program: Program, weights: Sequence[str]) -> dict[str, list[fx.Node]]:
@@ -75,8 +76,9 @@ def _by_weight(wanted: Sequence[Request]) -> dict[str, list[Request]]:
     return grouped
 
 
-def _measure_directions(program: Program, wanted: Sequence[Request], ids: Tensor, context: Context) -> None:
+def _measure_directions(program: Program, wanted: Sequence[Request], text: Calibration, context: Context) -> None:
     """1/2 D^T F D of each site and format. A matrix that is used twice has the gradients of both uses added up."""
+    ids = text.ids
     by_weight = _by_weight(wanted)
     users = users_of(program, list(by_weight))
     sums = {site.name: torch.zeros(len(formats), len(ids), dtype=torch.float64) for site, formats in wanted}
@@ -90,8 +92,30 @@ def _measure_directions(program: Program, wanted: Sequence[Request], ids: Tensor
             record.save(block.index, sums, backward)
     context.ranks.add_up(*sums.values())  # each sequence is one rank's, zero on the others
     for site, formats in wanted:
-        losses = 0.5 * sums[site.name].square().sum(1) / ids.numel()
-        annotate(site, KEYS["direction"], {fmt.name: float(v) for fmt, v in zip(formats, losses, strict=True)})
+        losses = 0.5 * sums[site.name].square() / ids.shape[1]  # [formats, sequences], nats per token
+        annotate(site, KEYS["direction"], _by_format(formats, (losses * text.shares()).sum(1)))
+        for domain in _told_apart(text):
+            _annotate_domain(site, KEYS["direction"], domain, _by_format(formats, losses[:, text.rows(domain)].mean(1)))
+
+
+def _by_format(formats: Sequence[Format], values: Tensor) -> dict[str, float]:
+    return {fmt.name: float(value) for fmt, value in zip(formats, values, strict=True)}
+
+
+def _told_apart(text: Calibration) -> list[str]:
+    """The domains of a text, where there are several."""
+    return list(text.weights) if len(text.weights) > 1 else []
+
+
+def _annotate_domain(site: Site, key: str, domain: str, found: dict[str, float]) -> None:
+    key = domains_key(key)
+    known = site.get(key, {})
+    site.set(key, {**known, domain: {**known.get(domain, {}), **found}})
+
+
+def domains_key(key: str) -> str:
+    """The annotation that holds the same by domain of the text."""
+    return f"{key}_domains"
 
 
 def _uses(users: dict[str, list[fx.Node]], nodes: Sequence[fx.Node]) -> list[tuple[str, fx.Node]]:
@@ -135,45 +159,72 @@ def _errors(program: Program, site: Site, formats: Sequence[Format]) -> Tensor:
 
 
 def _measure_diagonals(
-    program: Program, wanted: Sequence[Request], ids: Tensor, context: Context, detail: Detail
+    program: Program, wanted: Sequence[Request], text: Calibration, context: Context, detail: Detail
 ) -> None:
     """1/2 sum F_nk D_nk^2 with the diagonal of F, or its mean over the matrix.
 
     Gradients of single tokens are not to be had cheaply; those of sequences of T tokens are, and as tokens'
     gradients are nearly uncorrelated, F = T mean((gradient of the sequence's mean loss)^2).
     """
-    by_weight = _by_weight(wanted)
+    by_weight, ids = _by_weight(wanted), text.ids
     users = users_of(program, list(by_weight))
     twice = [f"{name}: it is used {len(found)} times" for name, found in users.items() if len(found) > 1]
     if twice:
         raise InputError(*(f"{problem}; its Fisher information is known along errors only" for problem in twice))
-    num_tokens = ids.numel() - len(ids)
-    losses = {site.name: torch.zeros(len(formats), dtype=torch.float64) for site, formats in wanted}
+    losses = {site.name: torch.zeros(max(len(text.weights), 1), len(formats)).double() for site, formats in wanted}
     with text_gradients(program, users, ids[:, :-1], context) as backward:
         record = FisherRecord.of(wanted, ids, context, detail)
         done = record.load(losses, backward)
         backward.forward(context.progress, done)
         for block in backward.backward(given_labels(backward.sizes, ids[:, 1:]), context.progress, done):
             for weight, node in _uses(users, block.nodes):
-                seen = [rows for _, rows in backward.rows_of(node)]
+                seen = list(backward.rows_of(node))
                 for site, formats in by_weight[weight]:
-                    F = squared_gradients(site, [rows.of(site.expert) for rows in seen], context.device)
-                    context.ranks.add_up(F)
-                    F /= num_tokens
-                    F = F.mean() if detail == "matrix" else F
-                    found = weighted_errors(program, site, formats, 0.5 * F)
-                    losses[site.name].copy_(torch.tensor([found[fmt.name] for fmt in formats], dtype=torch.float64))
+                    own = [(sum(backward.sizes[:batch]), rows.of(site.expert)) for batch, rows in seen]
+                    losses[site.name].copy_(_diagonal(program, (site, formats), own, (text, detail), context))
             record.save(block.index, losses, backward)
     for site, formats in wanted:
-        values = losses[site.name].tolist()
-        annotate(site, KEYS[detail], dict(zip([fmt.name for fmt in formats], values, strict=True)))
+        shares = torch.tensor(list(text.weights.values()) or [1.0], dtype=torch.float64)
+        annotate(site, KEYS[detail], _by_format(formats, shares @ losses[site.name]))
+        for domain, found in zip(_told_apart(text), losses[site.name], strict=False):
+            _annotate_domain(site, KEYS[detail], domain, _by_format(formats, found))
 
 
-def squared_gradients(site: Site, seen: Sequence[Rows], device: torch.device) -> Tensor:
-    """The squares of each sequence's gradient for a matrix, summed over sequences: [N, K], float32."""
+def _diagonal(
+    program: Program,
+    wanted: Request,
+    seen: Sequence[tuple[int, Rows]],
+    asked: tuple[Calibration, Detail],
+    context: Context,
+) -> Tensor:
+    """One site's losses [domains, formats]: each sequence's gradient is formed once, and F of one domain is held.
+
+    Args:
+        program: the model.
+        wanted: the site and its formats.
+        seen: rows of each batch, with the number of its first sequence.
+        asked: the text, and what to take of the diagonal.
+        context: whose ranks add up.
+    """
+    (site, formats), (text, detail) = wanted, asked
+    errors = _errors(program, site, formats).float().square()
+    rows = [text.rows(domain) for domain in text.weights] or [torch.ones(len(text.ids), dtype=torch.bool)]
+    losses = torch.zeros(len(rows), len(formats), dtype=torch.float64)
+    for row, chosen in enumerate(rows):
+        F = squared_gradients(site, seen, chosen, context.device)
+        context.ranks.add_up(F)
+        F /= int(chosen.sum()) * (text.ids.shape[1] - 1)
+        F = F.mean() if detail == "matrix" else F
+        losses[row] = 0.5 * torch.stack([(F * error).sum(dtype=torch.float64) for error in errors]).cpu()
+    return losses
+
+
+def squared_gradients(site: Site, seen: Sequence[tuple[int, Rows]], chosen: Tensor, device: torch.device) -> Tensor:
+    """The squares of each chosen sequence's gradient for a matrix, summed over sequences: [N, K], float32."""
     total = torch.zeros(site.shape, device=device)
-    for rows in seen:
-        for sequence in rows.sequence.unique():
-            own = rows.sequence == sequence
-            total += (rows.d[own].mT @ rows.x[own]).float().square()
+    for first, rows in seen:
+        for sequence in rows.sequence.unique().tolist():
+            if chosen[first + sequence]:
+                own = rows.sequence == sequence
+                total += (rows.d[own].mT @ rows.x[own]).float().square()
     return total

@@ -17,7 +17,7 @@ from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.program.site import Site
-from aqtx.registry import Context
+from aqtx.registry import Calibration, Context
 from aqtx.sensitivity.trial import try_all
 
 FIRST_TRIALS = 8  # that share a run through the model
@@ -50,16 +50,17 @@ def measure_truth(program: Program, settings: Settings, context: Context, second
     return found
 
 
-def held_out(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def held_out(text: Calibration, count: int) -> tuple[Calibration, Calibration]:
     """Calibration sequences for the sensitivities, and the last ones, at most half of them, for the truth.
 
     Raises:
         InputError: there is no text for one of the two.
     """
-    count = min(count, len(ids) // 2)
+    total = len(text.ids)
+    count = min(count, total // 2)
     if count < 1:
-        raise InputError(f"{len(ids)} calibration sequences cannot be split: a study ranks on text that no method saw")
-    return ids[:-count], ids[-count:]
+        raise InputError(f"{total} calibration sequences cannot be split: a study ranks on text that no method saw")
+    return text[:-count], text[-count:]
 
 
 def _in_turns(sites: Sequence[Site], seed: int) -> list[Site]:

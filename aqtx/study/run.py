@@ -2,25 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from aqtx.errors import InputError
+from aqtx.evaluate.divergence import evaluate_divergence
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window_of
 from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.planning.arms import Arm, StudySpec
-from aqtx.planning.decide import decide
 from aqtx.planning.options import unmet
 from aqtx.planning.settings import Settings
 from aqtx.program.accounting import kept_bytes
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
-from aqtx.registry import Context, Pass, annotator
+from aqtx.registry import Calibration, Context, Pass, annotator
 from aqtx.runs.fingerprint import source_hashes
 from aqtx.runs.opening import program_of, recipe_context
 from aqtx.runs.pipeline import Run, misfits
@@ -28,10 +26,10 @@ from aqtx.runs.recipe import Recipe
 from aqtx.schema import plain
 from aqtx.sensitivity.rounded_model import RoundedModel
 from aqtx.study.correlate import Truth, correlations, held_out, measure_truth
+from aqtx.study.domains import measure_regrets
+from aqtx.study.plans import plan_arm
 from aqtx.study.verdict import Point, study_json, study_markdown
 from aqtx.text.tokens import Document, evaluation, load_tokenizer
-
-_BISECTIONS = 14
 
 
 @dataclass
@@ -54,9 +52,12 @@ class Study:
         before = self._scores(model, {}, "before")
         arms = self.spec.arms(settings)
         points = [self._point(model, arm) for arm in self.context.progress(arms, description="study")]
-        truth: Truth = measure_truth(self.program, settings, self.context, self.spec.trial_seconds, self._texts[1])
+        truth: Truth = measure_truth(self.program, settings, self.context, self.spec.trial_seconds, self._texts[1].ids)
         data = study_json(before, points, self.recipe.seed)
         data["correlations"] = correlations(self.program, truth, arms)
+        if self.spec.domains:
+            score = partial(self._divergence, model)
+            data["domains"] = measure_regrets(self.program, settings, self.spec.average_bits, self._planning, score)
         data |= {
             "trials": len(truth.sites),
             "calibrated": self.calibrated,
@@ -68,9 +69,9 @@ class Study:
         return data
 
     @cached_property
-    def _texts(self) -> tuple[Tensor, Tensor]:
+    def _texts(self) -> tuple[Calibration, Calibration]:
         """Calibration sequences that methods see, and those that the truth is measured on."""
-        return held_out(self.context.calibration(), _settings(self.recipe).trial_sequences)
+        return held_out(self.context.by_domain(), _settings(self.recipe).trial_sequences)
 
     @cached_property
     def _planning(self) -> Context:
@@ -86,50 +87,45 @@ class Study:
         return [{} if folder is None else source_hashes(folder), text, evaluate, str(self.program.dtype)]
 
     def _point(self, model: RoundedModel, arm: Arm) -> Point:
-        plan, details = self._plan(arm)
+        plan, details = plan_arm(self.program, arm, self._planning)
         self.calibrated |= details.get("calibrated", {})
         if "seconds" in details:
             self.seconds[arm.name] = max(details["seconds"], self.seconds.get(arm.name, 0.0))
         formats = {name: entry.format for name, entry in plan.sites.items()}
         return Point(arm.name, arm.bits, arm.seed, self._bytes(plan), plan, self._scores(model, formats, arm.file_name))
 
-    def _plan(self, arm: Arm) -> tuple[Plan, dict[str, Any]]:
-        """The arm's plan; one that counts nominal bits gets the nominal budget that comes closest to the real one."""
-        if not arm.settings.row.nominal:
-            decision = decide(self.program, arm.settings, self._planning)
-            return decision.plan, decision.details
-        low, high, best = 0.0, arm.bits, None
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            try:
-                plan = decide(self.program, replace(arm.settings, average_bits=middle), self._planning).plan
-            except InputError:  # below the cheapest plan
-                low = middle
-                continue
-            fits = (plan.average_bits or 0.0) <= arm.bits
-            low, high, best = (middle, high, plan) if fits else (low, middle, best)
-        if best is None:
-            raise InputError(f"{arm.name} has no plan of at most {arm.bits:g} bits")
-        return best, {}
-
     def _bytes(self, plan: Plan) -> int:
         """Bytes of the whole model under a plan."""
         planned = [site for site in self.program.sites() if site.name in plan.planned]
         return kept_bytes(self.program, planned) + sum(entry.bytes for entry in plan.planned.values())
 
-    def _scores(self, model: RoundedModel, formats: dict[str, str | None], name: str) -> DocumentScores:
+    def _scores(self, model: RoundedModel, formats: Mapping[str, str | None], name: str) -> DocumentScores:
         """Scores of the model under a plan, kept by the plan's content."""
+        return self._kept(formats, name, lambda: evaluate_perplexity(model.use(formats), self.documents, **self._cut))
+
+    def _divergence(self, model: RoundedModel, formats: Mapping[str, str | None], name: str) -> DocumentScores:
+        """Divergences from the unrounded model in the place of losses, kept in the same way."""
+
+        def measure() -> DocumentScores:
+            [found] = evaluate_divergence(model.use({}), [model.use(formats)], self.documents, **self._cut)
+            return found.divergence
+
+        return self._kept(formats, f"divergence-{name}", measure)
+
+    @property
+    def _cut(self) -> dict[str, Any]:
+        """How documents are given to the model."""
+        spec = self.recipe.evaluate or EvaluateSpec(perplexity="builtin")
+        return {"window": window_of(self.program.config, spec.window), "batch_size": spec.batch_size}
+
+    def _kept(
+        self, formats: Mapping[str, str | None], name: str, measure: Callable[[], DocumentScores]
+    ) -> DocumentScores:
         told = json.dumps([formats, self._fingerprint], sort_keys=True)
         file = self.directory / "scores" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
         if file.exists():
             return DocumentScores.from_json(json.loads(file.read_text()))
-        spec = self.recipe.evaluate or EvaluateSpec(perplexity="builtin")
-        scores = evaluate_perplexity(
-            model.use(formats),
-            self.documents,
-            window=window_of(self.program.config, spec.window),
-            batch_size=spec.batch_size,
-        )
+        scores = measure()
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(scores.to_json()))
         return scores

@@ -114,6 +114,7 @@ def study_markdown(data: dict[str, Any]) -> str:
     told = ", ".join(f"{name} {value:.1f}" for name, value in data.get("seconds", {}).items() if value >= 0.1)
     if told:
         lines += [f"Seconds to measure what the arms before had not: {told}.", ""]
+    lines += _regrets(data.get("domains") or [])
     lines += [
         f"Rank correlation with the divergence measured on {data['trials']} matrices, one at a time:",
         "",
@@ -122,3 +123,21 @@ def study_markdown(data: dict[str, Any]) -> str:
         *(f"| {row['method']} | {row['all']} | {row['within_roles']} |" for row in data["correlations"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _regrets(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What each objective costs each domain over the domain's own plan, measured."""
+    if not rows:
+        return []
+    lines = [
+        "Divergence by domain, thousandths of a nat, over that of the domain's own best plan at the same bytes:",
+        "",
+        "| bits | objective | domain | divergence | of its own plan | regret | predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [f"{row['budget_bits']:g}", row["objective"], row["domain"]]
+        cells += [f"{1000 * row[key]['value']:.3f}" for key in ("divergence", "own")]
+        cells += [interval(row["regret"]), f"{row['predicted']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from aqtx.program.generate import Generator, Sampling
 from aqtx.program.program import Program
-from aqtx.text.tokens import CalibrationSpec, check_room
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import check_room
 
 FILE_NAME = "self.jsonl"
 BATCH = 64  # sequences written side by side

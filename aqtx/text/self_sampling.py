@@ -29,7 +29,8 @@ from aqtx.errors import InputError
 from aqtx.program.generate import Generator
 from aqtx.program.program import Program
 from aqtx.program.site import GROUPED_LINEAR
-from aqtx.text.tokens import CalibrationSpec, check_room
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import check_room
 
 BEAMS = 4
 TAU = 1.2

@@ -3,6 +3,7 @@
 A source is written in one word, as recipes do:
 
     builtin             the text shipped with tinymoe (its calibration and evaluation halves are disjoint)
+    builtin:wiki        one domain of it: wiki, web, python, docs or scripture
     notes.txt           one passage; `.jsonl` and `.jsonl.gz` hold a passage per line, {"text": ..., "domain": ...}
     corpus/             every .txt, .md, .jsonl, .jsonl.gz and .txt.gz below it; a sub-folder's name is the domain
     wikitext2           also c4, ptb, gsm8k: through the `datasets` library, from the hub or its cache
@@ -19,6 +20,8 @@ from typing import IO, Any
 
 from aqtx.errors import InputError, nearest, printable
 
+UNNAMED = "text"  # the domain of text that names none
+BUILTIN_DOMAINS = ("wiki", "web", "python", "docs", "scripture")
 BUILTIN = Path(__file__).resolve().parents[1] / "models" / "tinymoe" / "text"
 _MOST_TEXT = 2_000_000_000  # characters of one file: what a compressed one may unfold to
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")
@@ -83,17 +86,19 @@ def read_passages(source: str, part: str) -> list[Passage]:
     if name in DATASETS:
         return list(_from_hub(name, Path(local) if local else None, part))
     path = Path(source)
-    if source == "builtin":
-        return _builtin(part)
-    return _from_folder(path) if path.is_dir() else list(_from_file(path, "text"))
+    if name == "builtin":
+        return [passage for passage in _builtin(part) if local in ("", passage.domain)]
+    return _from_folder(path) if path.is_dir() else list(_from_file(path, UNNAMED))
 
 
 def check_source(source: str) -> None:
     """InputError unless a source is the name of something, or there."""
-    known = ["builtin", *DATASETS]
+    known = ["builtin", *(f"builtin:{domain}" for domain in BUILTIN_DOMAINS), *DATASETS]
     if not source.strip():
         raise InputError(f"text source {source!r} names nothing; give a file, a folder or one of {', '.join(known)}")
-    if source not in known and source.partition(":")[0] not in DATASETS and not Path(source).exists():
+    if source in known or source.partition(":")[0] in DATASETS:
+        return
+    if source.startswith("builtin:") or not Path(source).exists():
         raise InputError(
             f"text source {source!r} is neither a file, a folder nor one of {', '.join(known)}{nearest(source, known)}"
         )
@@ -103,7 +108,7 @@ def _builtin(part: str) -> list[Passage]:
     for suffix in (".jsonl", ".jsonl.gz"):
         path = BUILTIN / (part + suffix)
         if path.is_file():
-            return list(_from_file(path, "text"))
+            return list(_from_file(path, UNNAMED))
     raise InputError(f"the shipped {part} text is missing from {BUILTIN}")
 
 
@@ -114,7 +119,7 @@ def _from_folder(folder: Path) -> list[Passage]:
     passages: list[Passage] = []
     for path in paths:
         parents = path.relative_to(folder).parts[:-1]
-        passages += _from_file(path, parents[0] if parents else "text")
+        passages += _from_file(path, parents[0] if parents else UNNAMED)
     return passages
 
 

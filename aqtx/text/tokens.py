@@ -7,19 +7,20 @@ model that was trained behind a start token computes something else without it, 
 Domains take turns, so each has an equal share as long as its text lasts.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from aqtx.errors import InputError, malformed
+from aqtx.text.calibration_spec import CalibrationSpec
 from aqtx.text.sources import Passage, read_passages
 
 T = TypeVar("T")
-WRITTEN = ("self", "ebss")  # sources that the model writes itself
 _PROBE = "a"  # any text will do
 
 
@@ -38,38 +39,6 @@ class Tokenizer(Protocol):
         self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
     ) -> str:
         """A conversation as the model was trained to read it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationSpec:
-    """The recipe's `calibration` section."""
-
-    source: str = "builtin"
-    num_sequences: int = 64
-    sequence_length: int = 256
-    tau: float | None = None  # of the source ebss: the smaller, the more balanced; null is the published 1.2
-    temperature: float = 1.0  # of the source self: what logits are divided by before a token is drawn
-    starts: Literal["uniform", "frequency"] = "uniform"  # of the source self: how first tokens cover the vocabulary
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no text can be cut by, and a temperature that nothing reads."""
-        least = {"num_sequences": 1, "sequence_length": 2}
-        problems = [
-            f"{name} is {getattr(self, name)}, but must be at least {value}"
-            for name, value in least.items()
-            if getattr(self, name) < value
-        ]
-        if self.tau is not None and self.source != "ebss":
-            problems.append(f"tau is of the source ebss, but the source is {self.source!r}: leave tau out")
-        elif self.tau is not None and self.tau <= 0:
-            problems.append(f"tau is {self.tau}, but must be above 0")
-        if not 0 < self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}, but must be above 0")
-        for name, default in (("temperature", 1.0), ("starts", "uniform")):
-            if getattr(self, name) != default and self.source != "self":
-                problems.append(f"{name} is of the source self, but the source is {self.source!r}: leave {name} out")
-        if problems:
-            raise InputError(*problems)
 
 
 @dataclass(frozen=True)
@@ -150,22 +119,37 @@ def calibration(
     *,
     progress: Callable[[Iterator[int]], Iterator[int]] = iter,
 ) -> torch.Tensor:
-    """Calibration sequences, int64 [num_sequences, sequence_length]; the same ones for the same seed."""
+    """Calibration sequences, int64 [num_sequences, sequence_length], of one source; the same ones for the same seed."""
+    return calibration_by_domain(spec, tokenizer, seed, progress=progress)[0]
+
+
+def calibration_by_domain(
+    spec: CalibrationSpec,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    *,
+    progress: Callable[[Iterator[int]], Iterator[int]] = iter,
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The same, and the domain of each sequence."""
     start = start_of(tokenizer)
     check_room(spec, start)
+    if not isinstance(spec.source, str):
+        raise InputError("calibration of several sources is read part by part")
+    by_domain = _by_domain(read_passages(spec.source, "calibration"))
     streams = [
         _Chunks(passages, tokenizer, start, spec.sequence_length, np.random.default_rng([seed, index]))
-        for index, passages in enumerate(_by_domain(read_passages(spec.source, "calibration")).values())
+        for index, passages in enumerate(by_domain.values())
     ]
-    turns = _take_turns(streams)
-    rows = [row for _, row in zip(progress(iter(range(spec.num_sequences))), turns, strict=False)]
+    turns = _take_turns([zip(itertools.repeat(name), one) for name, one in zip(by_domain, streams, strict=True)])
+    found = [turn for _, turn in zip(progress(iter(range(spec.num_sequences))), turns, strict=False)]
+    domains, rows = tuple(name for name, _ in found), [row for _, row in found]
     if len(rows) < spec.num_sequences:
         total = sum(stream.num_tokens for stream in streams)
         raise InputError(
             f"calibration text {spec.source!r} holds {total:,} tokens, which make {len(rows)} sequences of "
             f"{spec.sequence_length}; {spec.num_sequences} were asked for"
         )
-    return torch.tensor(np.stack(rows), dtype=torch.int64)
+    return torch.tensor(np.stack(rows), dtype=torch.int64), domains
 
 
 def evaluation(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aqtx.formats import Format
@@ -10,7 +11,7 @@ from aqtx.planning.method import Method, Own, register
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Context
-from aqtx.sensitivity.fisher import KEYS, measure_fisher
+from aqtx.sensitivity.fisher import KEYS, domains_key, measure_fisher
 from aqtx.sensitivity.measured import Request, table
 
 
@@ -26,20 +27,36 @@ def cost(sites: Sequence[Site], formats: Sequence[Format], own: Own, seed: int) 
     return table(sites, formats, KEYS[own["fisher_detail"]])
 
 
+def by_domain(sites: Sequence[Site], formats: Sequence[Format], own: Own) -> dict[str, Tensor]:
+    """The same of each domain of the text alone."""
+    key = domains_key(KEYS[own["fisher_detail"]])
+    names = dict.fromkeys(name for site in sites for name in site.get(key, {}))
+    unknown = float("nan")
+    return {
+        name: torch.tensor(
+            [[site.get(key, {}).get(name, {}).get(fmt.name, unknown) for fmt in formats] for site in sites],
+            dtype=torch.float64,
+        )
+        for name in names
+    }
+
+
 register(
     Method(
         name="fisher",
         summary="the divergence of the model's predictions that gradients on calibration text foretell",
-        options=("fisher_sequences", "fisher_detail"),
+        options=("fisher_sequences", "fisher_detail", "objective"),
         needs_text=True,
         walks=lambda own: ("backward", own["fisher_sequences"]),
         measure=measure,
         cost=cost,
+        domains=by_domain,
         arms={
-            "fisher": {"fisher_detail": "direction"},
-            "fisher_diagonal": {"fisher_detail": "element"},
-            "fisher_matrix": {"fisher_detail": "matrix"},
+            "fisher": {"fisher_detail": "direction", "objective": "mean"},
+            "fisher_worst_domain": {"fisher_detail": "direction", "objective": "worst_domain"},
+            "fisher_diagonal": {"fisher_detail": "element", "objective": "mean"},
+            "fisher_matrix": {"fisher_detail": "matrix", "objective": "mean"},
         },
-        slow_arms=("fisher_matrix",),
+        slow_arms=("fisher_matrix", "fisher_worst_domain"),
     )
 )

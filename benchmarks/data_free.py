@@ -1,0 +1,196 @@
+"""Plans without data: Fisher information from text, from the model's own text and from random tokens, and alpha.
+
+    python -m benchmarks.data_free                          # the shipped model, 3.5, 3.75 and 4 bits
+    python -m benchmarks.data_free --model out/smollm2 --bits 4.5 --tokens 20000 --arms text own alpha uniform
+
+An arm plans from one source and rounds by GPTQ on one:
+
+    text           both from the shipped calibration text, what the others are compared with
+    own, own4      both from text that the model wrote, as many tokens and four times as many
+    own frequency  the same, its first tokens drawn by how often the model itself writes them
+    own + text     plan from the model's own text, GPTQ on the shipped text
+    random tokens  both from tokens drawn uniformly
+    alpha, alphaq, uniform, random 0 and 1     GPTQ on the model's own text, as in `own`
+
+All arms have equal bytes. The divergence is KL from the unrounded model's predictions on held-out text; the loss is
+that of the text itself. Finished arms stay in OUT/data_free/ and are not measured again; `--only TEXT` measures
+only those whose name begins so, and the same command started twice shares them.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aqtx
+from aqtx.commands.summary import format_interval
+from aqtx.evaluate.divergence import evaluate_divergence
+from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
+from aqtx.evaluate.statistics import paired_change
+from aqtx.numerics.intervals import bootstrap_ratio
+from aqtx.passes.annotate_alpha import AnnotateAlpha
+from aqtx.passes.assign_plan import AssignPlan
+from aqtx.passes.gptq import Gptq
+from aqtx.planning.arms import StudySpec
+from aqtx.registry import Context
+from aqtx.runs.pipeline import Run
+from aqtx.study.plans import plan_arm
+from aqtx.text import own_text
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer, start_of
+from benchmarks.arms import file_of, measured
+
+Found = dict[str, Any]
+CANDIDATES = ("int2", "int3", "mxfp4", "mxfp6", "mxfp8")
+SEQUENCES, LENGTH, WINDOW = 64, 256, 512
+SOURCES = ("text", "own", "own4", "own frequency", "random tokens")
+# arm -> the source of its Fisher information or the method of its plan, and the source of GPTQ
+ARMS = {
+    **{source: (source, source) for source in SOURCES},
+    "own + text": ("own", "text"),
+    "uniform": ("uniform", "own"),
+    "alpha": ("alpha", "own"),
+    "alphaq": ("alphaq", "own"),
+    **{f"random {seed}": (f"random {seed}", "own") for seed in range(2)},
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model's arms."""
+
+    model: str
+    folder: Path
+    bits: tuple[float, ...]
+    max_tokens: int | None
+
+    def text(self, source: str) -> Found:
+        """Token ids of a source [n, LENGTH]."""
+        program = aqtx.trace(self.model)
+        assert program.folder is not None
+        tokenizer = load_tokenizer(program.folder)
+        count = SEQUENCES * (4 if source == "own4" else 1)
+        if source == "random tokens":
+            vocabulary = int(program.config["vocab_size"])
+            ids = torch.randint(vocabulary, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+            start = start_of(tokenizer)
+            ids[:, : len(start)] = torch.tensor(start, dtype=torch.long)
+        elif source == "text":
+            ids = calibration(CalibrationSpec(num_sequences=count, sequence_length=LENGTH), tokenizer)
+        else:
+            starts = "frequency" if source == "own frequency" else "uniform"
+            spec = CalibrationSpec(source="self", num_sequences=count, sequence_length=LENGTH, starts=starts)
+            ids = own_text.calibration(program, spec, 0, None, start=start_of(tokenizer))
+        return {"ids": ids.tolist()}
+
+    def plans(self, kind: str) -> Found:
+        """A plan for each budget: by Fisher information on a source, or by a method without text."""
+        program = aqtx.trace(self.model)
+        method, _, seed = kind.partition(" ")
+        by_fisher = kind in SOURCES
+        ids = torch.tensor(self.read(f"text {kind}")["ids"]) if by_fisher else None
+        context = Context(quiet=True, load_calibration=None if ids is None else lambda: ids)
+        if not by_fisher:
+            AnnotateAlpha().run(program, context)
+        settings = AssignPlan(
+            method="fisher", candidates=CANDIDATES, average_bits=4.0, fisher_sequences=1 if ids is None else len(ids)
+        )
+        spec = StudySpec(
+            methods=("fisher" if by_fisher else method,),
+            reference="fisher" if by_fisher else method,
+            average_bits=self.bits,
+            random_seeds=2,
+        )
+        arms = [arm for arm in spec.arms(settings) if by_fisher or arm.seed == int(seed or 0)]
+        return {f"{arm.bits:g}": plan_arm(program, arm, context)[0].to_json() for arm in arms}
+
+    def score(self, plan: str | None, source: str = "", bits: float = 0.0) -> Found:
+        """Losses and divergences of each document under a plan that GPTQ carries out; without one, of the model."""
+        program, original = aqtx.trace(self.model), aqtx.trace(self.model)
+        documents = self._documents()
+        if plan is None:
+            return {"loss": evaluate_perplexity(original.module(), documents, window=WINDOW).to_json()}
+        ids = torch.tensor(self.read(f"text {source}")["ids"])
+        told = self.read(f"plans {plan}")[f"{bits:g}"]
+        run = Run(program, Context(quiet=True, load_calibration=lambda: ids))
+        run.execute([AssignPlan(method="manual", plan=told), Gptq()])
+        rounded = program.module()
+        [found] = evaluate_divergence(original.module(), [rounded], documents, window=WINDOW)
+        return {"loss": found.loss.to_json(), "divergence": found.divergence.to_json(), "bits": told["average_bits"]}
+
+    def _documents(self) -> list[Document]:
+        folder = aqtx.trace(self.model).folder
+        assert folder is not None
+        return evaluation("builtin", load_tokenizer(folder), max_tokens=self.max_tokens)
+
+    def read(self, name: str) -> Found:
+        """A step that is there."""
+        found: Found = json.loads(file_of(self.folder, name).read_text())
+        return found
+
+    def steps(self, arms: list[str]) -> dict[str, Callable[[], Found]]:
+        """Everything to measure, in an order in which each finds what it reads."""
+        plans = dict.fromkeys(ARMS[arm][0] for arm in arms)
+        sources = dict.fromkeys([*(plan for plan in plans if plan in SOURCES), *(ARMS[arm][1] for arm in arms)])
+        found: dict[str, Callable[[], Found]] = {f"text {source}": partial(self.text, source) for source in sources}
+        found |= {f"plans {plan}": partial(self.plans, plan) for plan in plans}
+        found["model"] = partial(self.score, None)
+        for bits in self.bits:
+            found |= {f"at {bits:g} {arm}": partial(self.score, *ARMS[arm], bits) for arm in arms}
+        return found
+
+
+def table(found: dict[str, Found], arms: list[str], bits: tuple[float, ...]) -> str:
+    """Markdown: a row for each arm and budget, those with intervals paired with `text`."""
+    lines = [
+        "| bits | arm | stored bits | divergence, thousandths of a nat | over that of `text` | change of loss "
+        "| change against `text` |",
+        f"|{'---|' * 7}",
+    ]
+    before = DocumentScores.from_json(found["model"]["loss"])
+    for budget in bits:
+        rows = {arm: found[f"at {budget:g} {arm}"] for arm in arms if f"at {budget:g} {arm}" in found}
+        scores = {arm: DocumentScores.from_json(row["divergence"]) for arm, row in rows.items()}
+        losses = {arm: DocumentScores.from_json(row["loss"]) for arm, row in rows.items()}
+        for arm, row in rows.items():
+            own = bootstrap_ratio(1000 * scores[arm].nll, scores[arm].num_tokens)
+            over = bootstrap_ratio(scores[arm].nll, scores["text"].nll)
+            cells = [f"{budget:g}", f"`{arm}`", f"{row['bits']:.3f}", format_interval(own.to_json(), ".2f")]
+            cells += ["", format_interval(paired_change(before, losses[arm]).to_json(), "+.4f"), ""]
+            if arm != "text":
+                cells[4] = format_interval(over.to_json(), ".3f")
+                cells[6] = format_interval(paired_change(losses["text"], losses[arm]).to_json(), "+.4f")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tinymoe")
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.5, 3.75, 4.0])
+    parser.add_argument("--tokens", type=int, help="of held-out text (default: all)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--only", help="measure only what begins so, and print what there is")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = arguments.out / "data_free" / Path(arguments.model).name
+    bench = Bench(arguments.model, folder, tuple(arguments.bits), arguments.tokens)
+    steps = bench.steps(arguments.arms)
+    only = {name: step for name, step in steps.items() if name.startswith(arguments.only or "")}
+    measured(folder, only)
+    found = measured(
+        folder, {name: step for name, step in steps.items() if (folder / f"{name.replace(' ', '-')}.json").exists()}
+    )
+    if "model" in found and any(f"at {budget:g} text" in found for budget in bench.bits):
+        print(table(found, arguments.arms, tuple(b for b in bench.bits if f"at {b:g} text" in found)))
+
+
+if __name__ == "__main__":
+    main()
