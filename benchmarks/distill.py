@@ -25,7 +25,8 @@ from aqtx.passes.unfreeze import Unfreeze
 from aqtx.registry import Context
 from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
-from aqtx.text.tokens import CalibrationSpec, calibration, evaluation, load_tokenizer
+from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.tokens import calibration, evaluation, load_tokenizer
 from benchmarks.arms import measured
 
 KEEP = ("attention", "router", "lm_head", "shared_expert_gate")
