@@ -6,11 +6,11 @@ from aqtx.program.roles import category_of, select
 
 ROLES = {
     "model.layers.0.self_attn.q_proj": "attn_q",
-    "model.layers.0.self_attn.qkv_proj": "attn_other",  # Phi-3
-    "gpt_neox.layers.0.attention.query_key_value": "attn_other",
+    "model.layers.0.self_attn.qkv_proj": "attn_qkv",  # Phi-3
+    "gpt_neox.layers.0.attention.query_key_value": "attn_qkv",
     "gpt_neox.layers.0.attention.dense": "attn_o",
     "gpt_neox.layers.0.mlp.dense_h_to_4h": "other",
-    "transformer.h.0.self_attention.query_key_value": "attn_other",  # Falcon
+    "transformer.h.0.self_attention.query_key_value": "attn_qkv",  # Falcon
     "transformer.h.0.self_attention.dense": "attn_o",
     "model.layers.0.self_attn.kv_a_proj_with_mqa": "attn_other",  # DeepSeek V2 and V3
     "model.decoder.layers.0.self_attn.out_proj": "attn_o",  # OPT

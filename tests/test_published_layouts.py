@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import CASES, SMALL, randomize, token_ids
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import aqtx
+from tests.model_cases import CASES, SMALL, randomize, token_ids
 
 VISION = {
     "qwen3_5_moe": {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 64},

@@ -54,11 +54,12 @@ def choose(program: Program, settings: Settings) -> dict[str, dict[str, str]]:
     sites = unique_sites(program)
     selectors = {"keep": settings.kept_selectors, "pins": tuple(settings.pins)}
     selectors |= {"min_bits": tuple(settings.min_bits), "max_bits": tuple(settings.max_bits)}
+    roles = {name: site.category for name, site in sites.items()}
     chosen: dict[str, dict[str, str]] = {}
     problems: list[str] = []
     for key, patterns in selectors.items():
         try:
-            chosen[key] = select(sites, patterns, key)
+            chosen[key] = select(roles, patterns, key)
         except InputError as error:
             problems.extend(error.problems)
     if problems:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from aqtx.formats import MixedExperts, dequantized
 from aqtx.program.codes import CodeStore
 from aqtx.program.edits import Edit, by_weight, replay
 from aqtx.program.plan import Plan
+from aqtx.program.roles_by_use import roles_of
 from aqtx.program.site import Site, sites_of
 from aqtx.program.weights import WeightStore
 
@@ -55,7 +57,12 @@ class Program:
 
     def sites(self) -> list[Site]:
         """All sites in graph order, experts ascending."""
-        return [site for node in self.graph.nodes for site in sites_of(node, self.weights)]
+        return [site for node in self.graph.nodes for site in sites_of(node, self.weights, self._roles)]
+
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        """Categories by parameter; passes change none."""
+        return roles_of(self.graph, self.weights.specs)
 
     def to(self, device: torch.device | str) -> "Program":
         """Compute on this device from now on: passes, and modules made after this. Returns the program."""

@@ -1,31 +1,49 @@
-"""The role of a weight matrix, read off its name, and the groups of roles that a recipe may keep."""
+"""The roles of weight matrices, the groups of roles that a recipe may name, and the role that a name tells.
+
+What a matrix does in the graph goes first (`roles_by_use.py`); a name decides where the graph shows nothing.
+"""
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from aqtx.errors import InputError, nearest
 
 _ROLES = (  # first match wins
     ("lm_head", r"(^|\.)(lm_head|embed_out)$"),
     ("shared_expert_gate", r"\.shared_expert_gate$"),
-    ("shared_expert", r"\.shared_experts?\."),
+    ("shared_expert", r"\.(shared_experts?|shared_mlp)\."),
     ("router", r"\.(mlp|block_sparse_moe|feed_forward|ffn)\.(gate|router)(\.layer)?$"),
     ("attn_q", r"\.q_proj$"),
     ("attn_k", r"\.k_proj$"),
     ("attn_v", r"\.v_proj$"),
     ("attn_o", r"\.(self_attn|self_attention|attention|attn)\.(o_proj|dense|out_proj)$"),
-    ("attn_other", r"\.(self_attn|self_attention|attention|attn|linear_attn)\."),  # fused or low-rank q, k and v
+    ("linear_attn_out", r"\.linear_attn\.out_proj$"),
+    ("linear_attn_in", r"\.linear_attn\."),
+    ("attn_qkv", r"\.(self_attn|self_attention|attention|attn)\.(qkv_proj|qkv|query_key_value|Wqkv|c_attn)$"),
+    ("attn_other", r"\.(self_attn|self_attention|attention|attn)\."),
     ("mlp_gate", r"\.(gate_proj|w1)$"),
     ("mlp_up", r"\.(up_proj|w3)$"),
     ("mlp_down", r"\.(down_proj|w2)$"),
 )
-CATEGORIES = (*(role for role, _ in _ROLES), "other")
+# Of a plain feed-forward, its role where a model has experts in other layers.
+SHARED_LIKE = {"mlp_gate": "dense_gate", "mlp_up": "dense_up", "mlp_down": "dense_down"}
+CATEGORIES = (
+    *("lm_head", "router", "shared_expert_gate", "shared_expert"),
+    *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_latent", "attn_gate", "attn_o", "attn_other"),
+    *("linear_attn_in", "linear_attn_out"),
+    *("dense_gate", "dense_up", "dense_down", "mlp_gate", "mlp_up", "mlp_down", "other"),
+)
 GROUPS = {
-    "attention": ("attn_q", "attn_k", "attn_v", "attn_o", "attn_other"),
+    "attention": tuple(role for role in CATEGORIES if role.startswith(("attn_", "linear_attn_"))),
+    "linear_attention": ("linear_attn_in", "linear_attn_out"),
+    "dense_layers": ("dense_gate", "dense_up", "dense_down"),
     "router": ("router",),
     "shared_expert_gate": ("shared_expert_gate",),
     "lm_head": ("lm_head",),
+    "mlp_gate": ("mlp_gate", "dense_gate"),
+    "mlp_up": ("mlp_up", "dense_up"),
+    "mlp_down": ("mlp_down", "dense_down"),
 }
 
 
@@ -58,16 +76,18 @@ def hint_for(pattern: str, names: Sequence[str], words: Iterable[str] = ()) -> s
     return nearest(pattern, words) or nearest(pattern, names) or (f", the first site is {names[0]!r}" if names else "")
 
 
-def select(names: Iterable[str], selectors: Iterable[str], where: str) -> dict[str, str]:
+def select(names: Iterable[str] | Mapping[str, str], selectors: Iterable[str], where: str) -> dict[str, str]:
     """{site: selector} for the sites that group names or patterns select; each pattern must match.
 
-    A group name (`attention`, `router`, ...) may be empty in a model. All problems are raised at once.
+    `names` may map to categories; without, names tell them. A group name (`attention`, `router`, ...) may be empty in
+    a model. All problems are raised at once.
     """
+    category = names.__getitem__ if isinstance(names, Mapping) else category_of
     names, chosen, problems = list(names), {}, []
     for selector in selectors:
         if selector in GROUPS or selector in CATEGORIES:
             roles = GROUPS.get(selector, (selector,))
-            hits = [name for name in names if category_of(name) in roles]
+            hits = [name for name in names if category(name) in roles]
         else:
             try:
                 pattern = matcher(selector)

@@ -1,6 +1,8 @@
 """Where a weight matrix meets its input: the unit that is planned, rounded and counted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,8 +67,8 @@ def weight_node(node: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
-def sites_of(node: fx.Node, weights: WeightStore) -> list[Site]:
-    """The sites of one node: one for a linear, one per expert for a grouped linear."""
+def sites_of(node: fx.Node, weights: WeightStore, roles: Mapping[str, str] = MappingProxyType({})) -> list[Site]:
+    """The sites of one node: one for a linear, one per expert for a grouped linear; `roles` are known by parameter."""
     weight = weight_node(node)
     if weight is None or weight.target not in weights.specs:
         return []
@@ -75,9 +77,10 @@ def sites_of(node: fx.Node, weights: WeightStore) -> list[Site]:
     matrix = (shape[-2], shape[-1])
     if node.target is LINEAR:
         name = parameter.removesuffix(".weight")
-        return [Site(name, parameter, None, matrix, category_of(name), layer_of(name), node, 1)]
+        return [Site(name, parameter, None, matrix, roles.get(parameter) or category_of(name), layer_of(name), node, 1)]
+    role = roles.get(parameter)
     names = [expert_key(parameter, expert).removesuffix(".weight") for expert in range(shape[0])]
     return [
-        Site(name, parameter, expert, matrix, category_of(name), layer_of(name), node, shape[0])
+        Site(name, parameter, expert, matrix, role or category_of(name), layer_of(name), node, shape[0])
         for expert, name in enumerate(names)
     ]

@@ -56,7 +56,7 @@ def select_sites(program: Program, selectors: Iterable[str]) -> list[Site]:
 def select_named(program: Program, selectors: Iterable[str]) -> set[str]:
     """Names of the sites that categories, groups and patterns select, as they stand in any state of the program."""
     words = [word for word in selectors if word not in ("residual", "plan")]
-    return set(select([site.name for site in program.sites()], words, "before"))
+    return set(select({site.name: site.category for site in program.sites()}, words, "before"))
 
 
 def check_planned(program: Program) -> None:

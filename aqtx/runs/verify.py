@@ -16,8 +16,6 @@ from torch import Tensor, fx
 from aqtx.formats import dequantized
 from aqtx.program.inserted_ops import ACTIVATION_OPS
 from aqtx.program.program import Program
-from aqtx.program.roles import category_of
-from aqtx.program.site import weight_node
 
 _PROBE_SHAPE = (2, 32)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,6 +61,7 @@ class ProbeInterpreter(fx.Interpreter):
         super().__init__(program.entry("score"))
         self.program, self.dtype = program, dtype
         self.sites = program.sites_by_weight()
+        self.routers = {site.node for sites in self.sites.values() for site in sites if site.category == "router"}
         self.probe = Probe(torch.empty(0))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -72,8 +71,7 @@ class ProbeInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, and keep what concerns the choice of experts."""
         value = super().run_node(n)
-        weight = weight_node(n)
-        if weight is not None and category_of(str(weight.target).removesuffix(".weight")) == "router":
+        if n in self.routers:
             self.probe.routers.append(value.double())
         if n.target is torch.ops.aten.topk.default:
             self.probe.scores.append(self.env[n.args[0]].double())  # type: ignore[index]

@@ -17,7 +17,7 @@ def unique_sites(program: Program) -> dict[str, Site]:
 def selected_sites(program: Program, selectors: Iterable[str], where: str) -> list[Site]:
     """The sites that categories or patterns choose."""
     sites = unique_sites(program)
-    chosen = select(sites, selectors, where)
+    chosen = select({name: site.category for name, site in sites.items()}, selectors, where)
     return [site for name, site in sites.items() if name in chosen]
 
 
