@@ -77,7 +77,7 @@ def run_ours(problem: dict[str, Tensor], format_name: str, setting: str) -> tupl
     return {name: torch.cat([part.dequantize() for part in parts]) for name, parts in found.items()}, seconds
 
 
-def peers_scales(weight: Tensor, fmt: Format) -> Scales:
+def peers_scales(weight: Tensor, fmt: Format, *, largest: Tensor | None = None) -> Scales:
     """The scale of both peers for int4: 2 amax / 15 of each block."""
     return Scales((to_blocks(weight, fmt).abs().amax(-1) * (2 / 15)).to(torch.bfloat16))
 

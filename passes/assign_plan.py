@@ -11,6 +11,7 @@ from aqtx.planning.decide import decide
 from aqtx.planning.manual import read_manual
 from aqtx.planning.options import DEGENERATE, how_to_annotate, unmet
 from aqtx.planning.settings import Settings
+from aqtx.planning.target import share_scales
 from aqtx.program.edits import QuantizeActivation
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
@@ -78,6 +79,7 @@ class AssignPlan(Settings, Pass):
             for key, value in (("format", entry.format), ("activation", entry.activation), ("why", entry.why)):
                 site.set(key, value)
             site.set("rotation", None if entry.rotation is None else {"block": entry.rotation})
+        share_scales(self.target, sites)
         program.edit(*activation_edits(program))
         refused = [Refusal(name, entry.why) for name, entry in plan.sites.items() if entry.why.startswith(DEGENERATE)]
         return Changes(changed=list(plan.planned), refused=refused, details={**_details(plan), **decision.details})

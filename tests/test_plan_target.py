@@ -1,14 +1,22 @@
 """`assign_plan: {target: ...}`: what a program fuses or lacks is a constraint of the plan."""
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 import aqtx
 from aqtx.checkpoint.exports.clients import CLIENTS
+from aqtx.checkpoint.exports.run import export
 from aqtx.checkpoint.exports.target import captured
 from aqtx.passes.assign_plan import AssignPlan
+from aqtx.passes.emit import Emit
+from aqtx.passes.gptq import Gptq
+from aqtx.passes.quantize import Quantize
 from aqtx.program.program import Program
+from aqtx.registry import Context, Pass
+from tests.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +60,30 @@ def test_the_budget_counts_what_the_target_loads(program: Program) -> None:
     keys = {"method": "error", "candidates": ("int3",), "average_bits": 4.0}
     assert "is below the smallest possible, 4.5000" in AssignPlan(target="llama.cpp", **keys).misfits(program)[0]
     assert not [p for p in AssignPlan(**keys).misfits(program) if "below" in p]
+
+
+def test_a_plan_for_vllm_uses_its_budget(program: Program) -> None:
+    """Four layers with a format each: the sizes of groups between 2 and 8 bits fill 99 % of any budget."""
+    for bits in (2.75, 3.5, 4.4):
+        planned = aqtx.run(aqtx.trace("tinymoe"), [AssignPlan(method="error", target="vllm", average_bits=bits)])
+        assert planned.plan is not None and 0.99 * bits <= planned.plan.average_bits <= bits
+
+
+@pytest.mark.parametrize("rounding", [Quantize(), Gptq()], ids=["quantize", "gptq"])
+def test_matrices_that_vllm_fuses_share_nvfp4s_scale_per_matrix(rounding: Pass, tmp_path: Path) -> None:
+    """vLLM takes the largest of theirs and only warns, so that they must be one, and all values lie below it."""
+    source = write_checkpoint(tmp_path / "source")
+    plan = AssignPlan(method="uniform", target="vllm", candidates=("nvfp4",), keep=("lm_head", "router"))
+    context = Context(load_calibration=lambda: torch.randint(0, 100, (8, 32)))
+    program = aqtx.trace(source)
+    for step in (plan, rounding, Emit()):
+        step.run(program, context)
+    for pattern in CLIENTS["vllm"].shared_scale:
+        for members in captured(pattern, program.codes).values():
+            scales = [program.codes[name].per_tensor_scale.item() for name in members]
+            sites = [site for site in program.sites() if site.name in members]
+            largest = max(float(program.read(site).abs().max()) for site in sites)
+            assert len(members) > 1 and set(scales) == {max(scales)}
+            assert max(scales) == pytest.approx(largest / (448 * 6), rel=1e-6)
+    aqtx.save(program, tmp_path / "q")
+    assert "vllm" in export(tmp_path / "q", "compressed-tensors", tmp_path / "out").clients

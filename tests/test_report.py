@@ -71,7 +71,15 @@ def report_of(names):
         "perplexity_by_domain": {"wiki": perplexity},
         "tasks": {"hellaswag": {"metric": "acc_norm", "num_items": 50, "before": change(0.3), "after": change(0.29)}},
         "passes": [
-            {"name": "assign_plan", "seconds": 1.5, "changed": 40, "refused": [{"site": names[0], "why": "kept"}]},
+            {
+                "name": "assign_plan",
+                "seconds": 1.5,
+                "changed": 40,
+                "refused": [{"site": names[0], "why": "kept"}],
+                "details": {
+                    "target": {"name": "vllm", "bits": 3.4987, "free_bits": 3.5, "cost": 0.012, "free_cost": 0.0105}
+                },
+            },
             {"name": "gptq", "seconds": 61, "changed": 36, "refused": [], "max_difference": None,
              "details": {"sites": [gptq_row(name, index) for index, name in enumerate(experts)]}},
             {"name": "finetune_router", "seconds": 3, "changed": 3, "refused": [], "details": router},
@@ -130,6 +138,8 @@ def test_numbers_of_the_data_stand_in_the_tables(run_folder):
         "20.00 [19.99, 20.01]",
         "+0.0500 [+0.0400, +0.0600]",
         "<td>kept</td>",
+        "For vllm: 3.4987 bits per weight in what it loads, predicted cost 0.012.",
+        "would give 0.0105 at 3.5000 bits",
         "2.13.0",
     ):
         assert words in page, words

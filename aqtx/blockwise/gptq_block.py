@@ -22,6 +22,8 @@ from aqtx.numerics.gptq import Curvature, Options, Solution
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.program.blocks import Block, Values
 from aqtx.program.gate_scores import find_gate_scores, is_inside_experts
+from aqtx.program.outer_scale import largest_under_one_scale
+from aqtx.program.program import Program
 from aqtx.program.site import Site
 
 Prior = Literal["none", "isotropic", "pooled"]
@@ -167,7 +169,7 @@ class BlockRounder:
         for site, one in zip(sites, W, strict=True):
             with naming(site.name):
                 check_finite(one)
-        found = part.solve(W.to(stack.device), parse(sites[0].get("format")))
+        found = part.solve(W.to(stack.device), parse(sites[0].get("format")), largest=_shared(program, sites, W))
         rounded = Rounded(rows=self._rows(sites, moments, found), channels={sites[0].weight: moments.largest})
         for index, site in enumerate(sites):
             code = found.tensor[index].to(program.dtype)
@@ -210,6 +212,16 @@ class BlockRounder:
                 }
             )
         return rows
+
+
+def _shared(program: Program, sites: list[Site], W: Tensor) -> Tensor | None:
+    """What NVFP4's scales of W [E, N, K] are for [E, 1, 1], where the plan has matrices share one."""
+    if not any(site.get("outer_scale") for site in sites):
+        return None
+    every = {site.name: site for site in program.sites()}
+    found = [largest_under_one_scale(program, site, every) for site in sites]
+    own = W.abs().amax((-2, -1), keepdim=True)
+    return torch.stack([one if most is None else most for one, most in zip(own, found, strict=True)])
 
 
 def take_codes(codes: Mapping[str, QuantizedTensor], weights: Values, sites: list[Site]) -> None:

@@ -36,8 +36,13 @@ __all__ = [
 CHUNK_ELEMENTS = 1 << 17  # a float32 piece of this size and its temporaries stay in a core's L2 cache
 
 
-def quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) -> QuantizedTensor:
-    """Round a weight [N, K] or [E, N, K] to the nearest codes of a format. NaN and infinity are errors."""
+def quantize(
+    weight: Tensor, name: str | Format, scale_rule: str | None = None, *, largest: Tensor | None = None
+) -> QuantizedTensor:
+    """Round a weight [N, K] or [E, N, K] to the nearest codes of a format. NaN and infinity are errors.
+
+    `largest` [.., 1, 1] is the magnitude that NVFP4's scale of a matrix is for, where it is not the matrix's own.
+    """
     fmt = parse(name, scale_rule=scale_rule)
     if weight.dim() < 2 or not weight.dtype.is_floating_point or not weight.shape[-1]:
         what = f"a {weight.dtype} tensor of shape {list(weight.shape)}"
@@ -49,7 +54,7 @@ def quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) 
             check_finite(weight)
         return QuantizedTensor(qdata, fmt.name, weight.shape[-1], weight.dtype, scale)
     check_finite(weight)
-    return encode(weight, fmt, choose_scales(weight, fmt))
+    return encode(weight, fmt, choose_scales(weight, fmt, largest=largest))
 
 
 def fake_quantize(weight: Tensor, name: str | Format, scale_rule: str | None = None) -> Tensor:
@@ -69,16 +74,20 @@ def nearest_values(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     return out
 
 
-def choose_scales(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Scales:
+def choose_scales(
+    weight: Tensor, fmt: Format, importance: Tensor | None = None, *, largest: Tensor | None = None
+) -> Scales:
     """Stored scales of a weight [..., N, K] by the format's rule.
 
-    With the `importance` of each input channel [K]: those of least squared error weighted by it.
+    With the `importance` of each input channel [K]: those of least squared error weighted by it. `largest` as in
+    `quantize`.
     """
     if not fmt.is_packed:
         return Scales(weight.new_empty(0))
     per_tensor = None
     if fmt.scale is NVFP4_SCALE:
-        per_tensor = per_matrix_scale(weight.abs().amax((-2, -1), keepdim=True).float())
+        own = weight.abs().amax((-2, -1), keepdim=True) if largest is None else largest
+        per_tensor = per_matrix_scale(own.float())
     pieces = []
     row_scale = None if per_tensor is None else per_tensor.expand(*weight.shape[:-1], 1).reshape(-1, 1)
     rows = weight.reshape(-1, weight.shape[-1])

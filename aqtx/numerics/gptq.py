@@ -148,13 +148,14 @@ class Curvature:
         rest = (self.pseudo_tokens[places], self.share[places], judge, self.target[places], self.options)
         return Curvature(judge.H, factor, order, *rest)
 
-    def solve(self, W: Tensor, fmt: Format) -> Solution:
-        """Codes for W [E, N, K]."""
+    def solve(self, W: Tensor, fmt: Format, *, largest: Tensor | None = None) -> Solution:
+        """Codes for W [E, N, K]; `largest` [E, 1, 1] is what NVFP4's scales per matrix are for, default W's own."""
         if not fmt.is_packed:
             zeros = self.H.new_zeros(len(W))
             return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
-        problem = Problem(W, fmt, self.factor, self.order, self.share, self.options.block_size)
-        plain, nearest = problem.rounded(choose_scales(W, fmt))
+        largest = None if largest is None else largest.to(W.device)
+        problem = Problem(W, fmt, self.factor, self.order, self.share, self.options.block_size, largest)
+        plain, nearest = problem.rounded(choose_scales(W, fmt, largest=largest))
         fine = self._refined(problem, plain)
         found, at_nearest = merged(problem, plain, nearest, fine, self.judge)
         sampled = slice(None, None, max(W.shape[1] // SAMPLES, 1))

@@ -42,6 +42,7 @@ class Problem:
     order: Tensor | None
     share: Tensor
     block_size: int
+    largest: Tensor | None = None  # [E, 1, 1] that NVFP4's scales per matrix are for, where it is not W's own
 
     def importance(self) -> Tensor:
         """What an error in each column costs at least, once later columns have made it good: R_cc^2 [E, K]."""
@@ -51,7 +52,11 @@ class Problem:
     def searched(self) -> Scales:
         """Scales of least error under these penalties."""
         weights = self.importance()
-        found = [choose_scales(one, self.fmt, cost) for one, cost in zip(self.W, weights, strict=True)]
+        largest = [None] * len(self.W) if self.largest is None else self.largest
+        found = [
+            choose_scales(one, self.fmt, cost, largest=most)
+            for one, cost, most in zip(self.W, weights, largest, strict=True)
+        ]
         parts = zip(*found, strict=True)
         return Scales(*(None if part[0] is None else torch.stack(part) for part in parts))  # type: ignore[arg-type]
 

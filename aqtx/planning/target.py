@@ -6,7 +6,7 @@ from aqtx.checkpoint.exports.clients import CLIENTS
 from aqtx.checkpoint.exports.run import no_form
 from aqtx.checkpoint.exports.table import TARGETS
 from aqtx.checkpoint.exports.target import captured
-from aqtx.formats.table import NVFP4_SCALE, Format
+from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.program.site import Site
 
 FREE = "aqtx"  # this project's own folder, which holds every plan
@@ -24,9 +24,18 @@ def why_not(target: str, fmt: Format, site: Site) -> str | None:
     client = CLIENTS[target]
     if TARGETS[client.target].form(fmt, site.shape[1]) is None:
         return ""
-    if fmt.scale is NVFP4_SCALE and any(captured(pattern, [site.name]) for pattern in client.shared_scale):
-        return "it fuses such matrices under one outer scale, and each of ours has its own"
     return client.refuses(fmt, site.name)
+
+
+def share_scales(target: str, sites: Sequence[Site]) -> None:
+    """Annotate NVFP4 sites that the target fuses under one outer scale with each other's names."""
+    if target == FREE:
+        return
+    coded = {site.name: site for site in sites if site.is_to_round and parse(site.get("format")).scale is NVFP4_SCALE}
+    for pattern in CLIENTS[target].shared_scale:
+        for members in captured(pattern, coded).values():
+            for name in members:
+                coded[name].set("outer_scale", members)
 
 
 def bits(target: str, fmt: Format, site: Site) -> float:

@@ -88,6 +88,7 @@ for _row in (
     ("rotation_<block>_<activations>", dict, "format -> [plain, rotated] squared errors of the block's output"),
     # what was decided
     ("format", str, "the plan's format of the weights; none where they are kept"),
+    ("outer_scale", list, "sites whose matrices share NVFP4's scale per matrix with it, itself among them"),
     ("activation", str, "the plan's format of the inputs; none where they stay as they are"),
     ("why", str, "why the plan says so; empty where the method decided"),
     ("rotation", dict, "block of the rotation that the plan asks for before the matrix"),

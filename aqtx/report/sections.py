@@ -123,7 +123,7 @@ def plan(data: RunData) -> str:
     header = ("category", "matrices", "formats", "mean alpha", "bytes", "bits per weight", "mean relative error")
     rows = [_plan_row(name, sites) for name, sites in sorted(groups.items())]
     table = html.table(header, rows) + _domains(data.plan)
-    return (html.paragraph(words.capitalize() + ".") if words else "") + table
+    return (html.paragraph(words.capitalize() + ".") if words else "") + _price(data) + table
 
 
 def _domains(found: dict[str, Any]) -> str:
@@ -139,6 +139,19 @@ def _domains(found: dict[str, Any]) -> str:
         for name, row in found["domains"].items()
     ]
     return html.paragraph(words) + html.table(("domain", "predicted loss", "of its own best plan", "regret"), rows)
+
+
+def _price(data: RunData) -> str:
+    """What the program that the plan is for costs it, by the costs that it was made from."""
+    target = data.details("assign_plan").get("target")
+    if not target:
+        return ""
+    bits, free = (decimal(target.get(key), 4) for key in ("bits", "free_bits"))
+    cost, without = (f"{target[key]:.4g}" for key in ("cost", "free_cost"))
+    return html.paragraph(
+        f"For {target.get('name')}: {bits} bits per weight in what it loads, predicted cost {cost}. Were matrices free "
+        f"to differ that it makes share a format, the same costs would give {without} at {free} bits."
+    )
 
 
 def _plan_row(name: str, sites: list[dict[str, Any]]) -> tuple[str, ...]:
