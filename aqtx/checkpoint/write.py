@@ -30,7 +30,7 @@ MODEL_FILES = (
 )
 _PASSED_ON = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("generation_config.json", "chat_template*"),
+    *("generation_config.json", "chat_template*", "additional_chat_templates/*.jinja"),
 )
 
 
@@ -86,10 +86,12 @@ def _refuse_codes(program: Program) -> None:
 def copy_tokenizer(folder: Path, directory: Path) -> None:
     """Copy what belongs to a model beside its weights and config."""
     files = sorted({file for pattern in _PASSED_ON for file in folder.glob(pattern) if file.is_file()})
-    add_names(directory, [file.name for file in files])
-    for file in files:
-        with writing(directory / file.name, file.stat().st_size):
-            shutil.copyfile(inside(folder, file), directory / file.name)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    add_names(directory, names)
+    for file, name in zip(files, names, strict=True):
+        make_folder((directory / name).parent)
+        with writing(directory / name, file.stat().st_size):
+            shutil.copyfile(inside(folder, file), directory / name)
 
 
 def config_of(program: Program, formats: dict[str, str]) -> dict[str, Any]:
