@@ -34,9 +34,10 @@ class Gptq(Pass):
         block_size: columns that are rounded one at a time before their errors go on to all others; for speed.
         search_scales: before the columns, take for each block the scale of least error under the penalties that GPTQ
             itself will put on its columns, instead of the scale of the format's rule.
-        sweeps: after the columns, visit every code again so many times at most, each time with all others held;
-            sweeps end when one gains less than 0.1 %. 0 rounds once.
-        refit_scales: in each sweep, move the blocks' scales too, within what the format can store.
+        sweeps: after the columns, visit every code again so many times at most, each time with all others held; a
+            row is done when a sweep gains less than 0.1 % of its error. 0 rounds once.
+        refit_scales: before the sweeps, move the blocks' scales to where the codes want them, within what the format
+            can store; powers of two stay.
         prior: what H is drawn to where a matrix saw few tokens: `pooled`, the stack's own mean, or `isotropic`, all
             channels alike; `none` leaves H alone.
         weighting: weigh an expert's tokens by its gate's `score` or `squared_score`, or count each once: `none`.

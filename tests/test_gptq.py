@@ -10,9 +10,8 @@ from aqtx.formats import kernel, names, parse, quantize
 from aqtx.formats.codec import packed
 from aqtx.numerics.cholesky import factor
 from aqtx.numerics.gptq import Options, gptq, solve
-from aqtx.numerics.gptq_columns import Grid, columns_first
-from aqtx.numerics.gptq_rows import Differences, better_rows, bound_basis, row_errors
-from aqtx.numerics.gptq_sweeps import Descent
+from aqtx.numerics.gptq_rows import Contest, Left, bound_basis, row_errors
+from aqtx.numerics.gptq_sweeps import Descent, RowGrid
 
 EXTRA = [
     "int4_asym",
@@ -125,18 +124,17 @@ def test_never_worse_than_plain_where_tokens_are_few(name: str, prior: str | Non
 def test_each_sweep_lowers_every_rows_objective_and_ends_at_what_the_codes_say(name: str) -> None:
     W, H, fmt = weights(1, 24, 160), moment(400, 160), parse(name)
     start = quantize(W, name)
-    grid = Grid.of(start.scales, fmt, 160, None)
-    left = (W - start.dequantize())[0].t().contiguous()
-    columns = grid.shifted(W.mT.contiguous())[0]
-    descent = Descent.of(columns, left, start.codes()[0].t().contiguous(), grid=grid, H=H, leaf=32)
+    codes, grid = start.codes().contiguous(), RowGrid.of(start.scales, fmt, 160)
     objectives = [exact_errors(W[0], start.dequantize()[0], H)]
     for _ in range(3):
-        descent.run(1, refit=True)
-        codes = descent.codes[0].t().contiguous()[None]
-        values = packed(codes, fmt, descent.grid.scales(), torch.float32).dequantize()[0]
-        objectives.append(exact_errors(W[0], values, H))
+        descent = Descent.of(W, codes, grid=grid.of_expert(0), H=H[None])
+        told = descent.run(1, refit=True)[0]
+        codes, grid = descent.codes, descent.grid
+        values = packed(codes, fmt, grid.scales(), torch.float32).dequantize()
+        assert torch.allclose(descent.errors, W - values, rtol=0, atol=1e-8)  # a minimum is added to W first
+        objectives.append(exact_errors(W[0], values[0], H))
         # the gradient is kept up to date by 160 updates a sweep, each rounded in float32
-        assert torch.allclose(descent.objective().double(), objectives[-1], rtol=1e-3)
+        assert torch.allclose(told.double(), objectives[-1], rtol=1e-3)
         assert (objectives[-1] <= objectives[-2] * (1 + 1e-5)).all()
     assert objectives[1].sum() < 0.8 * objectives[0].sum()
 
@@ -167,21 +165,16 @@ def test_agrees_with_the_textbook() -> None:
 
 
 def test_two_columns_by_brute_force() -> None:
-    """Of all codes for two columns GPTQ finds the best second one given its first, which is rounded to nearest.
-
-    A third column, apart from both in H, sets the scale: else one of the two would be the largest and have no error.
-    """
-    H, W = torch.block_diag(torch.tensor([[2.0, 1.5], [1.5, 2.0]]), torch.ones(1, 1)), weights(64, 3)
-    W[:, 2] = 3 * W.abs().amax(1)
+    """Of all codes for two columns GPTQ finds the best second one given its first."""
+    H, W = torch.tensor([[2.0, 1.5], [1.5, 2.0]]), torch.tensor([[0.7, 0.31], [-0.2, 0.66], [0.7, -0.05]])
     scale = quantize(W, "int4").scale.float()
     Q = solve(W[None], H[None], parse("int4"), options=replace(PLAIN, damp_fraction=0.0)).tensor[0].dequantize()
-    nearest = (W / scale).round().clamp(-8, 7) * scale
-    for w, q, near, step in zip(W, Q, nearest, scale, strict=True):
-        candidates = near.repeat(16, 1)
-        candidates[:, 1] = torch.arange(-8, 8.0) * step
-        errors = exact_errors(w.expand(16, 3), candidates, H)
-        assert torch.allclose(candidates[errors.argmin()], q)
-    assert (nearest != Q).any(1).sum() > 5, "plain rounding would pass"
+    grid = torch.arange(-8, 8.0)
+    for w, q, step in zip(W, Q, scale, strict=True):
+        candidates = torch.stack([q[0].expand(16), grid * step], dim=1)
+        errors = exact_errors(w.expand(16, 2), candidates, H)
+        nearest = (w / step).round() * step
+        assert torch.allclose(candidates[errors.argmin()], q) or torch.allclose(nearest, q)
 
 
 def test_block_size_and_batch_do_not_matter() -> None:
@@ -233,17 +226,22 @@ def test_row_errors_use_symmetry_rightly() -> None:
 
 
 def test_bounds_decide_as_the_errors_do() -> None:
-    """Whether a row's error is proven to be the smaller one, or evaluated, the choice is the same."""
-    D, nearest, H = 0.7 * weights(3, 40, 256), weights(3, 40, 256, seed=5), moment(90, 256, 3)
-    exact = row_errors(D, H) < row_errors(nearest, H)
-    order = torch.stack([torch.randperm(256, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
-    basis, errors = bound_basis(H, order), row_errors(D, H)
-    columns = [columns_first(x, order) for x in (D, nearest)]
-    below = (basis @ columns[1]).square().sum(1)
-    assert (below <= row_errors(nearest, H)).all() and below.sum() > 0.3 * row_errors(nearest, H).sum()
-    ours, theirs = (Differences(x, order) for x in columns)
-    for bound, tight in ((None, False), (errors, False), (1.01 * errors, True), (errors + torch.inf, False)):
-        assert torch.equal(better_rows(ours, theirs, H, basis=basis, bound=bound, tight=tight), exact)
+    """Whether a row's errors are proven to be larger, or evaluated, the choice is the same."""
+    H, share = moment(90, 256), 50.0
+    target = H + share * torch.eye(256)
+    D = [scale * weights(40, 256, seed=seed) for seed, scale in ((0, 0.9), (5, 1.0), (6, 0.8), (6, 0.8))]
+    exact = torch.stack([row_errors(d, H) for d in D]).argmin(0)
+    assert {0, 1, 2} == set(exact.tolist())  # of the last two, which are equal, the first one
+    [basis] = bound_basis(H[None])
+    below = (D[0] @ basis.t()).square().sum(1)
+    assert (below <= row_errors(D[0], H)).all() and below.sum() > 0.3 * row_errors(D[0], H).sum()
+    objectives = [row_errors(d, target) for d in D]
+    nothing = torch.full((40,), torch.nan)
+    for known in ([True] * 4, [False] * 4, [False, True, True, True], [True, False, False, False]):
+        candidates = [Left(d, one if told else None) for d, one, told in zip(D, objectives, known, strict=True)]
+        for tight in (share, None):
+            assert torch.equal(Contest(candidates, H, basis=basis, share=tight).best(), exact)
+    assert torch.equal(Contest([Left(d, nothing) for d in D], H, basis=basis, share=share).best(), exact)
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])
@@ -263,3 +261,42 @@ def test_bf16_weights_stay_bf16() -> None:
     W = weights(16, 128).bfloat16()
     found = gptq(W, moment(300, 128), "int8")
     assert found.dtype == torch.bfloat16 and found.dequantize().dtype == torch.bfloat16
+
+
+def op_arguments(name: str) -> list:
+    """What an op of GPTQ takes for two matrices [24, 64] of int4_g32_asym: all tensors, then numbers."""
+    E, N, K, G = 2, 24, 64, 2
+    spec, rows = kernel.spec_of(parse("int4_g32_asym"), K), torch.zeros(E, N, K)
+    codes, square, line = rows.byte(), torch.zeros(E, K, K), torch.zeros(E, K)
+    columns, grid = rows.mT.contiguous(), [torch.ones(E, N, G), torch.zeros(E, N, G)]
+    if name == "round_columns":
+        grid = [part.mT.contiguous() for part in grid]
+        tensors = [columns, columns.clone(), columns.clone(), codes.mT.contiguous(), square, *grid]
+        return [*tensors, torch.zeros(E, K, dtype=torch.long), line, torch.zeros(E, N), spec, 7.0, 0, 32]
+    if name == "descend":
+        return [rows, rows.clone(), rows.clone(), codes, square, line, *grid, torch.zeros(E, N), spec, 7.0, 2, 1e-3]
+    if name == "left_by":
+        return [rows, codes, *grid, spec, 7.0]
+    return [torch.zeros(6, 32), torch.ones(2, 32), torch.ones(3, 6), torch.zeros(3, 6), spec, 7.0, False]
+
+
+@pytest.mark.parametrize("name", ["round_columns", "descend", "left_by", "best_scales"])
+def test_ops_refuse_parts_that_do_not_fit(name: str) -> None:
+    """One part at a time: too short, of another dtype, with gaps; nothing is read as raw memory before."""
+    if not kernel.available():
+        pytest.skip("no compiler")
+    op, good = getattr(torch.ops.aqtx_cpu, name), op_arguments(name)
+    op(*good)
+    for place, part in enumerate(good):
+        if not isinstance(part, torch.Tensor):
+            continue
+        # a row of runs and of importance is as long as the other's; their number alone is free
+        for bad in (part[..., :-1].contiguous(), part[..., ::2], part.double(), part[None]):
+            with pytest.raises(RuntimeError, match="aqtx: "):
+                op(*good[:place], bad, *good[place + 1 :])
+    if name == "round_columns":
+        for low, high in ((-1, 32), (32, 16), (0, 65)):
+            with pytest.raises(RuntimeError, match="no columns"):
+                op(*good[:-2], low, high)
+        with pytest.raises(RuntimeError, match="no block 7"):
+            op(*good[:7], good[7] + 7, *good[8:])

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from aqtx.formats.grouped_linear import group_bounds
 from aqtx.machine.ranks import Ranks
+from aqtx.numerics.products import add_product
 
 PANEL = 128  # rows of H computed at once; the part below the diagonal is mirrored at the end
+STEP = 128  # tokens that are added are a multiple of it
 
 
 @dataclass
@@ -71,9 +74,10 @@ class Moments:
 
 def add_outer(H: Tensor, rows: Tensor) -> None:
     """H += rows^T rows, on and above the diagonal in panels only."""
+    rows = pad(rows, (0, 0, 0, -len(rows) % STEP))  # with zeros: products of few shapes are compiled once
     for low in range(0, len(H), PANEL):
         panel = slice(low, low + PANEL)
-        H[panel, low:].addmm_(rows[:, panel].t(), rows[:, low:])
+        add_product(H[panel, low:], rows[:, panel].t(), rows[:, low:])
 
 
 def mirror(H: Tensor) -> None:

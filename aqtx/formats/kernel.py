@@ -113,7 +113,7 @@ def spec_of(fmt: Format, num_columns: int) -> list[int]:
         return [16, 0, 0, 0, 0, 0, 0]
     element = fmt.element
     kind = SCALE_KINDS.get(fmt.scale.name, SCALE_KINDS[BF16_SCALE.name])  # of others only codes are computed here
-    extras = [int(fmt.asymmetric), int(fmt.scale is NVFP4_SCALE)]
+    extras = [int(fmt.asymmetric or fmt.scale.has_minimum), int(fmt.scale is NVFP4_SCALE)]
     return [element.bits, element.mantissa_bits, element.exponent_bias, kind, fmt.block_size(num_columns), *extras]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
+from aqtx.numerics.products import add_product
 
 RETRY_FACTOR = 10.0
 FIRST_RETRY = 1e-4  # damping fraction tried next where none was asked for
@@ -83,7 +84,8 @@ def _attempt(R: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         own = slice(low, low + PANEL)
         panel, later = R[:, : low + PANEL, own], R[:, :, low + PANEL :]
         if later.shape[-1]:
-            panel.baddbmm_(later[:, : low + PANEL], later[:, own].mT, alpha=-1)
+            for to, left, right in zip(panel, later[:, : low + PANEL], later[:, own], strict=True):
+                add_product(to, left, right.t(), alpha=-1)
         lower, info = torch.linalg.cholesky_ex(panel[:, low:].flip(-2, -1))
         corner = lower.flip(-2, -1)
         panel[:, low:] = corner

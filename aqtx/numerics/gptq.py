@@ -22,8 +22,8 @@ from aqtx.formats.codec import all_finite, check_finite, choose_scales, packed, 
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor
 from aqtx.numerics.cholesky import Factor, factor
-from aqtx.numerics.gptq_candidates import Candidate, Judge, Problem, merged, refined
-from aqtx.numerics.gptq_rows import Differences, bound_basis, row_errors
+from aqtx.numerics.gptq_candidates import Candidate, Judge, Problem, choose
+from aqtx.numerics.gptq_rows import bound_basis, row_errors
 from aqtx.numerics.shrinkage import isotropic_scale, shrink
 
 Order = Literal["none", "activation"]
@@ -114,13 +114,11 @@ def solve(
 class Curvature:
     """What depends on the inputs only, for all matrices that read them: H, and the factor of what is solved."""
 
-    H: Tensor
     factor: Factor
     order: Tensor | None  # [E, K], None for the stored order
     pseudo_tokens: Tensor
-    share: Tensor  # [E] what damping and an isotropic prior added to the diagonal
     judge: Judge
-    target: Tensor  # what is factored [E, K, K] less its damping
+    target: Tensor | None  # what is factored [E, K, K], for sweeps
     options: Options
 
     @classmethod
@@ -136,31 +134,30 @@ class Curvature:
         if options.order == "activation":
             order = target.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         found = factor(target, options.damp_fraction, order)
-        judge = Judge(H, bound_basis(H, order), tight)
-        return cls(H, found, order, n0, share + found.shift, judge, target, options)
+        damped = None
+        if options.sweeps:
+            damped = target.clone() if target is H else target
+            damped.diagonal(dim1=-2, dim2=-1).add_(found.shift.unsqueeze(-1))
+        return cls(found, order, n0, Judge(H, bound_basis(H), share + found.shift, tight), damped, options)
 
     def take(self, places: list[int]) -> "Curvature":
         """Some entries of the batch."""
-        found = self.factor
+        found, judge = self.factor, self.judge
         factor = Factor(found.ratios[places], found.diagonal[places], found.damping[places], found.shift[places])
-        order = None if self.order is None else self.order[places]
-        judge = Judge(self.H[places], self.judge.basis[places], self.judge.tight)
-        rest = (self.pseudo_tokens[places], self.share[places], judge, self.target[places], self.options)
-        return Curvature(judge.H, factor, order, *rest)
+        order, target = (None if x is None else x[places] for x in (self.order, self.target))
+        own = Judge(judge.H[places], judge.basis[places], judge.share[places], judge.tight)
+        return Curvature(factor, order, self.pseudo_tokens[places], own, target, self.options)
 
     def solve(self, W: Tensor, fmt: Format, *, largest: Tensor | None = None) -> Solution:
         """Codes for W [E, N, K]; `largest` [E, 1, 1] is what NVFP4's scales per matrix are for, default W's own."""
         if not fmt.is_packed:
-            zeros = self.H.new_zeros(len(W))
+            zeros = self.judge.H.new_zeros(len(W))
             return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
         largest = None if largest is None else largest.to(W.device)
-        problem = Problem(W, fmt, self.factor, self.order, self.share, self.options.block_size, largest)
-        plain, nearest = problem.rounded(choose_scales(W, fmt, largest=largest))
-        fine = self._refined(problem, plain)
-        found, at_nearest = merged(problem, plain, nearest, fine, self.judge)
-        sampled = slice(None, None, max(W.shape[1] // SAMPLES, 1))
-        own = [] if fine is None else [fine.left]
-        power, before, *after = self._errors_of(sampled, W, nearest, plain.left, *own)
+        problem = Problem(W, fmt, self.factor, self.order, self.options.block_size, largest)
+        plain = problem.rounded(choose_scales(W, fmt, largest=largest))
+        found = choose(problem, plain, self._refined(problem, plain), self.judge)
+        power, before, *after = self._sampled(problem.rows, *found.left)
         whole = W.shape[1] / before.shape[1]
         return Solution(
             tensor=packed(found.codes, fmt, found.scales, W.dtype),
@@ -169,25 +166,21 @@ class Curvature:
             nearest_error=before.sum(-1) * whole,
             error=torch.stack([before, *after]).amin(0).sum(-1) * whole,
             power=power.sum(-1) * whole,
-            rows_nearest=at_nearest.sum(-1),
+            rows_nearest=found.at_nearest.sum(-1),
         )
 
-    def _refined(self, problem: Problem, plain: Candidate) -> Candidate | None:
-        """What the options ask for beyond the plain algorithm."""
+    def _refined(self, problem: Problem, plain: Candidate) -> tuple[Candidate, Tensor] | None:
+        """What the options ask for beyond the plain algorithm, and what it leaves of the weights."""
         options = self.options
-        start = problem.rounded(problem.searched())[0] if options.search_scales else plain
-        if not options.sweeps:
-            return start if options.search_scales else None
-        shift, how = self.factor.shift, {"sweeps": options.sweeps, "refit": options.refit_scales}
-        return refined(problem, start, self.target, shift, **how)  # type: ignore[arg-type]
+        start = problem.rounded(problem.searched()) if options.search_scales else plain
+        if self.target is not None:
+            return problem.refined(start, self.target, sweeps=options.sweeps, refit=options.refit_scales)
+        return (start, problem.left_by(start)) if options.search_scales else None
 
-    def _errors_of(self, rows: slice, W: Tensor, *differences: Differences) -> tuple[Tensor, ...]:
-        """w H w^T and d H d^T [E, n] of some rows."""
-        stacks = [
-            torch.cat([W[expert, rows].to(torch.float32), *(D.rows(expert, rows) for D in differences)])
-            for expert in range(len(W))
-        ]
-        return row_errors(torch.stack(stacks), self.H).chunk(1 + len(differences), 1)
+    def _sampled(self, *differences: Tensor) -> tuple[Tensor, ...]:
+        """d H d^T [E, n] of some rows of each [E, N, K]."""
+        rows = slice(None, None, max(differences[0].shape[1] // SAMPLES, 1))
+        return row_errors(torch.cat([D[:, rows] for D in differences], 1), self.judge.H).chunk(len(differences), 1)
 
 
 def check_weights(W: Tensor, H: Tensor) -> None:

@@ -2,47 +2,69 @@
 
 Legend: E experts, N rows, K columns; a candidate is codes at scales, with what they leave of the weights.
 
-`rounded` is the plain algorithm at given scales, `nearest` comes with it. `refined` descends from there. Which of
-them a row takes is decided by its error on the H given, so that no row is ever worse than the plain algorithm's, nor
-that than round-to-nearest; on equal errors the simpler one is taken.
+`rounded` is the plain algorithm at given scales, `nearest` rounds to nearest there. `refined` descends from a
+candidate. Which of them a row takes is decided by its error on the H given, so that no row is ever worse than the
+plain algorithm's, nor than round-to-nearest; on equal errors the simpler one is taken.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from aqtx.formats.codec import Scales, choose_scales, nearest_codes
+from aqtx.formats.codec import Scales, choose_scales, nearest_codes, nearest_values
 from aqtx.formats.decode import to_storage_dtype
-from aqtx.formats.elements import code_to_value
 from aqtx.formats.table import Format
 from aqtx.numerics.cholesky import Factor
 from aqtx.numerics.gptq_columns import Grid, columns_first, round_columns, rows_first
-from aqtx.numerics.gptq_rows import SLACK, Differences, better_rows, row_errors
-from aqtx.numerics.gptq_sweeps import Descent
+from aqtx.numerics.gptq_rows import Contest, Left
+from aqtx.numerics.gptq_sweeps import Descent, RowGrid
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Codes uint8 [E, N, K] at stored scales; `bound` [E, N] is at least the error on the H given, None: not known."""
+    """Codes uint8 [E, N, K] at stored scales, and d T d^T [E, N] of the float32 values that they mean."""
 
     codes: Tensor
     scales: Scales
-    left: Differences
-    bound: Tensor | None = None
+    objective: Tensor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What decides between candidates: the H given [E, K, K], and the bounds that go with it.
+
+    basis: [E, m, K] of the bound from below; share: [E], how much of the identity T has beyond H, where `tight`
+    nothing but that.
+    """
+
+    H: Tensor
+    basis: Tensor
+    share: Tensor
+    tight: bool
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights [E, N, K], what the columns are rounded with (see `Curvature`), and the target of each expert."""
+    """Weights [E, N, K] and what their columns are rounded with (see `Curvature`)."""
 
     W: Tensor
     fmt: Format
     factor: Factor
     order: Tensor | None
-    share: Tensor
     block_size: int
     largest: Tensor | None = None  # [E, 1, 1] that NVFP4's scales per matrix are for, where it is not W's own
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The weights in float32."""
+        return self.W.to(torch.float32).contiguous()
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The weights columns first, in the factor's order: float32 [E, K, N]."""
+        return columns_first(self.rows, self.order)
 
     def importance(self) -> Tensor:
         """What an error in each column costs at least, once later columns have made it good: R_cc^2 [E, K]."""
@@ -60,93 +82,77 @@ class Problem:
         parts = zip(*found, strict=True)
         return Scales(*(None if part[0] is None else torch.stack(part) for part in parts))  # type: ignore[arg-type]
 
-    def rounded(self, scales: Scales) -> tuple[Candidate, Differences]:
-        """GPTQ at given scales, and what the nearest values at them leave."""
+    def rounded(self, scales: Scales) -> Candidate:
+        """GPTQ at given scales."""
         grid = Grid.of(scales, self.fmt, self.W.shape[-1], self.order)
-        ordered = columns_first(self.W.to(torch.float32), self.order)
-        work = round_columns(ordered, self.factor, grid, share=self.share, block_size=self.block_size)
-        codes, bound = rows_first(work.codes, self.order), work.bounds
-        ours, nearest = work.errors, work.nearest
-        if self.W.dtype is not torch.float32:  # what counts is what dequantizing to the weight's own dtype gives
-            ours, nearest = (ordered - to_storage_dtype(ordered - x, self.W.dtype).float() for x in (ours, nearest))
-        left = Differences(ours, self.order)
-        known = bound if self.W.dtype is torch.float32 else None
-        return Candidate(codes, scales, left, known), Differences(nearest, self.order)
+        work = round_columns(self.columns, self.factor, grid, block_size=self.block_size)
+        return Candidate(rows_first(work.codes, self.order), scales, work.objective)
 
+    def left_by(self, candidate: Candidate) -> Tensor:
+        """What a candidate leaves of the weights once it is stored in their dtype: float32 [E, N, K]."""
+        grid = RowGrid.of(candidate.scales, self.fmt, self.W.shape[-1])
+        return self.as_stored(grid.left_by(grid.shifted(self.rows), candidate.codes)[0])
 
-def refined(
-    problem: Problem, start: Candidate, targets: Tensor, shift: Tensor, *, sweeps: int, refit: bool
-) -> Candidate:
-    """Descend from a candidate on `targets` [E, K, K] with `shift` [E] on the diagonal; one expert at a time."""
-    W, exact = problem.W, problem.W.dtype is torch.float32
-    grid = Grid.of(start.scales, problem.fmt, W.shape[-1], None)
-    columns, codes, scales, bounds = [], [], [], []
-    for expert, weight in enumerate(W):
-        H = targets[expert].clone()
-        H.diagonal().add_(shift[expert])
-        weights = weight.to(torch.float32).t().contiguous()
-        own = grid.of_expert(expert)
-        errors = weights - _values(start.codes[expert], own, weights.shape)
-        shifted, codes_now = own.shifted(weights[None])[0], start.codes[expert].t().contiguous()
-        descent = Descent.of(shifted, errors, codes_now, grid=own, H=H, leaf=problem.block_size)
-        descent.run(sweeps, refit=refit)
-        left = descent.errors[0]
-        if not exact:
-            left = weights - to_storage_dtype(weights - left, W.dtype).float()
-        bounds.append(descent.objective() * (1 + SLACK) - problem.share[expert] * left.square().sum(0))
-        columns.append(left)
-        codes.append(descent.codes[0].t().contiguous())
-        scales.append(descent.grid.scales())
-    parts = zip(*scales, strict=True)
-    joined = Scales(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]
-    bound = torch.stack(bounds) if exact else None
-    return Candidate(torch.stack(codes), joined, Differences(torch.stack(columns), None), bound)
+    def left_by_nearest(self, scales: Scales) -> Tensor:
+        """The same of the nearest codes at given scales."""
+        if self.W.dtype is torch.float32:
+            grid = RowGrid.of(scales, self.fmt, self.W.shape[-1])
+            return grid.left_by(grid.shifted(self.rows), None)[0]
+        return self.rows - nearest_values(self.W, self.fmt, scales).float()
 
+    def as_stored(self, left: Tensor) -> Tensor:
+        """What is left when the values are stored in the weights' dtype."""
+        if self.W.dtype is torch.float32:
+            return left
+        return self.rows - to_storage_dtype(self.rows - left, self.W.dtype).float()
 
-def _values(codes: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
-    """What codes [N, K] mean: float32 [K, N]."""
-
-    def spread(part: Tensor) -> Tensor:
-        return part[0].repeat_interleave(grid.block, 0)[: shape[0]]
-
-    zero_point = None if grid.zero_point is None else spread(grid.zero_point)
-    values = code_to_value(codes.t(), grid.fmt.element, zero_point) * spread(grid.scale)
-    return values if grid.minimum is None else values - spread(grid.minimum)
+    def refined(self, start: Candidate, targets: Tensor, *, sweeps: int, refit: bool) -> tuple[Candidate, Tensor]:
+        """Descend from a candidate on `targets` [E, K, K], damped; one expert at a time. Also what it leaves."""
+        grid = RowGrid.of(start.scales, self.fmt, self.W.shape[-1])
+        left, codes, objectives, scales = torch.empty_like(self.rows), [], [], []
+        for expert, H in enumerate(targets):
+            own = slice(expert, expert + 1)
+            descent = Descent.of(self.rows[own], start.codes[own], grid=grid.of_expert(expert), H=H.unsqueeze(0))
+            objectives.append(descent.run(sweeps, refit=refit))
+            codes.append(descent.codes)
+            scales.append(descent.grid.scales())
+            left[own] = descent.errors
+        parts = zip(*scales, strict=True)
+        joined = Scales(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]
+        return Candidate(torch.cat(codes), joined, torch.cat(objectives)), self.as_stored(left)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What decides between candidates: the H given [E, K, K] and the bounds from below that go with it."""
+class Choice:
+    """Codes and scales of every row's best candidate, where that is round-to-nearest [E, N], and what each leaves."""
 
-    H: Tensor
-    basis: Tensor
-    tight: bool
-
-    def wins(self, one: Candidate, nearest: Differences) -> Tensor:
-        """Rows [E, N] whose error is smaller than that of `nearest`, which lies in the factor's order."""
-        return better_rows(one.left, nearest, self.H, basis=self.basis, bound=one.bound, tight=self.tight)
+    codes: Tensor
+    scales: Scales
+    at_nearest: Tensor
+    left: tuple[Tensor, ...]  # nearest, plain, and refined if there is one
 
 
-def merged(
-    problem: Problem, plain: Candidate, nearest: Differences, fine: Candidate | None, judge: Judge
-) -> tuple[Candidate, Tensor]:
-    """Row by row the best of all, and where that is round-to-nearest [E, N]."""
-    if fine is None:
-        at_nearest, at_plain = ~judge.wins(plain, nearest), judge.wins(plain, nearest)
-    else:
-        best = judge.wins(fine, plain.left) & judge.wins(fine, nearest)
-        at_nearest, at_plain = torch.zeros_like(best), torch.zeros_like(best)
-        for expert, rest in enumerate(~best):
-            rows = rest.nonzero().flatten()
-            if len(rows):
-                stack = torch.stack([x.rows(expert, rows) for x in (nearest, plain.left, fine.left)])
-                choice = row_errors(stack, judge.H[expert]).argmin(0)
-                at_nearest[expert, rows], at_plain[expert, rows] = choice == 0, choice == 1
-    own = plain if fine is None else fine
-    codes = torch.where(at_plain.unsqueeze(-1), plain.codes, own.codes)
-    if at_nearest.any():
+def choose(problem: Problem, plain: Candidate, fine: tuple[Candidate, Tensor] | None, judge: Judge) -> Choice:
+    """Row by row the best of round-to-nearest, the plain algorithm and what was refined."""
+    known = problem.W.dtype is torch.float32
+    candidates = [(None, problem.left_by_nearest(plain.scales)), (plain.objective, problem.left_by(plain))]
+    if fine is not None:
+        candidates.append((fine[0].objective, fine[1]))
+    best = []
+    for expert, H in enumerate(judge.H):
+        mine = [Left(left[expert], one[expert] if known and one is not None else None) for one, left in candidates]
+        share = float(judge.share[expert]) if judge.tight else None
+        best.append(Contest(mine, H, basis=judge.basis[expert], share=share).best())
+    choice = torch.stack(best)
+    at_nearest, simple = choice == 0, choice < 2
+    own = plain if fine is None else fine[0]
+    codes, scales = own.codes, own.scales
+    if own is not plain and bool(simple.any()):
+        codes[simple] = plain.codes[simple]
+        scales = _merge(simple, plain.scales, scales)
+    if bool(at_nearest.any()):
         codes[at_nearest] = nearest_codes(problem.W[at_nearest], problem.fmt, rows_of(plain.scales, at_nearest))
-    return Candidate(codes, _merge(at_nearest | at_plain, plain.scales, own.scales), own.left), at_nearest
+    return Choice(codes, scales, at_nearest, tuple(left for _, left in candidates))
 
 
 def _merge(simple: Tensor, plain: Scales, fine: Scales) -> Scales:

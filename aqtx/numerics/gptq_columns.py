@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqtx.formats import kernel, super_blocks
+from aqtx.formats import kernel
 from aqtx.formats.codec import Scales
 from aqtx.formats.elements import round_value, value_to_code
-from aqtx.formats.scale_rules import nearest_scale, stored_scale
-from aqtx.formats.scales import Affine, decode_affine
+from aqtx.formats.scales import decode_affine
 from aqtx.formats.table import Format
 from aqtx.numerics.cholesky import Factor
-from aqtx.numerics.gptq_rows import SLACK
+from aqtx.numerics.products import add_product
 
 
 def columns_first(x: Tensor, order: Tensor | None) -> Tensor:
@@ -51,9 +50,7 @@ class Grid:
     zero_point: Tensor | None
     block: int
     blocks: Tensor | None  # [E, K] block of each column where they are not in the stored order
-    per_tensor: Tensor | None = None  # of NVFP4 [E, 1, 1], already in `scale`
     minimum: Tensor | None = None  # [E, G, N], which values are less by
-    supers: Tensor | None = None  # of K-quants [E, N, S], already in `scale` and `minimum`
 
     @classmethod
     def of(cls, scales: Scales, fmt: Format, num_columns: int, order: Tensor | None) -> "Grid":
@@ -63,22 +60,7 @@ class Grid:
         assert scale is not None
         block = fmt.block_size(num_columns)
         blocks = None if order is None else (order // block).contiguous()
-        return cls(fmt, scale, zero_point, block, blocks, scales.per_tensor_scale, minimum, scales.super_scale)
-
-    def of_expert(self, expert: int) -> "Grid":
-        """The grid of one matrix, in the stored order."""
-        parts = (self.scale, self.zero_point, self.per_tensor, self.minimum, self.supers)
-        scale, zero_point, *rest = (None if part is None else part[expert : expert + 1] for part in parts)
-        assert scale is not None
-        return Grid(self.fmt, scale, zero_point, self.block, None, *rest)
-
-    def scales(self) -> Scales:
-        """As they are stored with a [E, N, K] weight."""
-        if self.supers is not None:
-            minimum = None if self.minimum is None else self.minimum.mT
-            return super_blocks.coded(Affine(self.scale.mT, None, minimum), self.supers, self.fmt)
-        zero_point = None if self.zero_point is None else self.zero_point.mT.contiguous().to(torch.uint8)
-        return Scales(stored_scale(self.scale.mT.contiguous(), self.fmt, self.per_tensor), zero_point, self.per_tensor)
+        return cls(fmt, scale, zero_point, block, blocks, minimum)
 
     def shifted(self, columns: Tensor) -> Tensor:
         """Weights [E, K, N] plus the minimum of their blocks: on that the values are multiples of the scale."""
@@ -87,12 +69,6 @@ class Grid:
         if self.blocks is None:
             return columns + self.minimum.repeat_interleave(self.block, 1)[:, : columns.shape[1]]
         return columns + torch.stack([one[places] for one, places in zip(self.minimum, self.blocks, strict=True)])
-
-    def nearest_scale(self, wanted: Tensor, block: int) -> Tensor:
-        """The scale [E, N] of one block that can be stored nearest to `wanted`."""
-        if self.supers is not None:
-            return super_blocks.nearest(wanted, self.supers, block, self.fmt)
-        return nearest_scale(wanted, self.fmt, self.per_tensor)
 
     def at(self, column: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point [E, N] of the weights of one column."""
@@ -106,20 +82,17 @@ class Grid:
 class Columns:
     """One batch on its way, [E, K, N]: weights, those with errors made good, and what rounding leaves of the weights.
 
-    `errors` are weights less GPTQ's values, whose codes are `codes`, and `nearest` weights less the nearest values.
-    `bounds` [E, N] are sums of penalty (value - rounded)^2 over columns: the output error under what was factored, as
-    penalties are R_cc^2 and a little more. Off them goes `share` |error|^2, the part that is known to be none of H's.
+    `objective` [E, N] is the sum of penalty (value - rounded)^2 over columns: the output error under what was
+    factored, as penalties are R_cc^2.
     """
 
     weights: Tensor
     values: Tensor
-    errors: Tensor
-    nearest: Tensor
+    errors: Tensor  # of the columns that are done
     codes: Tensor  # uint8
-    bounds: Tensor
+    objective: Tensor
     ratios: Tensor  # [E, K, K] of the factor, in the same order
     penalties: Tensor  # [E, K]
-    share: Tensor  # [E]
     block_size: int
 
     def round(self, grid: Grid, low: int, high: int) -> None:
@@ -129,49 +102,47 @@ class Columns:
             return
         middle = low + (-(-(high - low) // self.block_size) + 1) // 2 * self.block_size
         self.round(grid, low, middle)
-        self.values[:, middle:high].baddbmm_(self.ratios[:, low:middle, middle:high].mT, self.errors[:, low:middle])
+        for values, ratios, errors in zip(self.values, self.ratios, self.errors, strict=True):
+            add_product(values[middle:high], ratios[low:middle, middle:high].t(), errors[low:middle])
         self.round(grid, middle, high)
 
 
 def _leaf(work: Columns, grid: Grid, low: int, high: int) -> None:
     """In plain torch, one column of all experts and rows at a time."""
-    element, bounds = grid.fmt.element, torch.zeros_like(work.bounds)
+    element, objective = grid.fmt.element, torch.zeros_like(work.objective)
     for column in range(low, high):
         scale, zero_point = grid.at(column)
         value, weight = work.values[:, column], work.weights[:, column]
         snapped = round_value(value / scale, element, zero_point)
         work.codes[:, column] = value_to_code(snapped, element, zero_point)
-        work.nearest[:, column] = weight - round_value(weight / scale, element, zero_point) * scale
         rounded = snapped * scale
         step, error = value - rounded, torch.sub(weight, rounded, out=work.errors[:, column])
-        bounds += work.penalties[:, column, None] * step.square() - work.share[:, None] * error.square()
+        objective += work.penalties[:, column, None] * step.square()
         # product and sum apart: a fused one would round otherwise than the compiled kernel
         work.values[:, column + 1 : high] += work.ratios[:, column, column + 1 : high, None] * error.unsqueeze(1)
-    work.bounds.add_(bounds)
+    work.objective.add_(objective)
 
 
 def _compiled_leaf(work: Columns, grid: Grid, low: int, high: int) -> None:
     """In one call of the compiled kernel."""
     spec = kernel.spec_of(grid.fmt, work.weights.shape[1])
     torch.ops.aqtx_cpu.round_columns(
-        work.values, work.weights, work.errors, work.nearest, work.codes, work.ratios, grid.scale, grid.zero_point,
-        grid.blocks, work.penalties, work.share, work.bounds, spec, grid.fmt.element.largest, low, high,
+        work.values, work.weights, work.errors, work.codes, work.ratios, grid.scale, grid.zero_point,
+        grid.blocks, work.penalties, work.objective, spec, grid.fmt.element.largest, low, high,
     )  # fmt: skip
 
 
-def round_columns(weights: Tensor, factor: Factor, grid: Grid, *, share: Tensor, block_size: int) -> Columns:
+def round_columns(weights: Tensor, factor: Factor, grid: Grid, *, block_size: int) -> Columns:
     """Columns done, for weights [E, K, N] in the order of the factor and the grid."""
     shifted = grid.shifted(weights)
     work = Columns(
         weights=shifted,
         values=shifted.clone(),
         errors=torch.empty_like(weights),
-        nearest=torch.empty_like(weights),
         codes=torch.empty_like(weights, dtype=torch.uint8),
-        bounds=weights.new_zeros(weights.shape[0], weights.shape[2]),
+        objective=weights.new_zeros(weights.shape[0], weights.shape[2]),
         ratios=factor.ratios,
-        penalties=factor.diagonal.square() * (1 + SLACK),
-        share=share,
+        penalties=factor.diagonal.square(),
         block_size=block_size,
     )
     work.round(grid, 0, weights.shape[1])

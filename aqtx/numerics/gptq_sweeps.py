@@ -1,171 +1,219 @@
-"""Coordinate descent on the codes and scales that GPTQ leaves, until a sweep gains next to nothing.
+"""Scales refitted and codes swept after GPTQ's columns, until a sweep gains next to nothing.
 
-Legend: N rows, K columns; D = W - Q [K, N], columns first and in the stored order; H [K, K] is what was factored,
-damping and prior included; the objective of a row is d H d^T, and g = H D half its gradient.
+Legend: E experts, N rows, K columns, B of a block; D = W - Q [N, K] in the stored order; H [K, K] is what was factored,
+damping and prior included; the objective of a row is d H d^T, and g = D H half its gradient.
 
-GPTQ rounds each column once and never looks back. A sweep visits the columns again: with all others held, the best
-value of one is the nearest to `w - (d - g / H_cc)`, and a code that changes moves g by a multiple of a column of H.
-Before a block's codes its scale is visited in the same way: for values `s c` the objective is a parabola in s, whose
-least value among the scales that the format can store is the one nearest to `s + c.g / (c H c)`. No step can make a row
-worse, every value stays one of the format's, and a sweep takes one multiplication a weight and column.
+GPTQ rounds each column once and never looks back. A sweep visits every code of a row again: with all others held, the
+best value is the nearest to `w - (d - g / H_cc)`. Few codes move, one in twenty in the first sweep, so that for each
+that does a row of H is added to g, which takes less than multiplying by H. A row whose sweep gains less than 0.1 % of
+its objective is done.
 
-Columns are halved recursively as in gptq_columns.py: what one half moved reaches the other's g in one matrix
-product, and a leaf of a few columns is one call of the compiled kernel, or plain torch with the same bits.
+Before the sweeps each block's scale is visited once: for values `s c` the objective is a parabola in s, whose least
+value among the scales that the format can store is the one nearest to `s + c.g / (c H c)`. Powers of two stay as they
+are, since none moves by that. No step makes a row worse, and every value stays one of the format's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aqtx.formats import kernel, super_blocks
-from aqtx.formats.elements import round_value, value_to_code
-from aqtx.numerics.gptq_columns import Grid
+from aqtx.formats.codec import Scales
+from aqtx.formats.elements import code_to_value, round_value, value_to_code
+from aqtx.formats.scale_rules import nearest_scale, stored_scale
+from aqtx.formats.scales import Affine, decode_affine
+from aqtx.formats.table import E8M0, Format
+from aqtx.numerics.products import add_product, product
 
-LEAST_GAIN = 1e-3  # of the objective; a sweep that gains less is the last
+LEAST_GAIN = 1e-3  # of a row's objective; a sweep that gains less is its last
+PANEL = 128  # columns whose gradient is found together when scales are refitted
+
+
+@dataclass(frozen=True)
+class RowGrid:
+    """The values that weights [E, N, K] may take: scale, zero point and what values are less by, [E, N, G], decoded."""
+
+    fmt: Format
+    num_columns: int
+    scale: Tensor
+    zero_point: Tensor | None
+    minimum: Tensor | None
+    per_tensor: Tensor | None  # of NVFP4 [E, 1, 1], already in `scale`
+    supers: Tensor | None  # of K-quants [E, N, S], already in `scale` and `minimum`
+
+    @classmethod
+    def of(cls, scales: Scales, fmt: Format, num_columns: int) -> "RowGrid":
+        """From stored scales [E, N, G]."""
+        affine = decode_affine(scales, fmt)
+        scale, zero_point, minimum = (None if part is None else part.float().contiguous() for part in affine)
+        assert scale is not None
+        return cls(fmt, num_columns, scale, zero_point, minimum, scales.per_tensor_scale, scales.super_scale)
+
+    @property
+    def block(self) -> int:
+        """B."""
+        return self.fmt.block_size(self.num_columns)
+
+    def scales(self) -> Scales:
+        """As they are stored."""
+        if self.supers is not None:
+            return super_blocks.coded(Affine(self.scale, None, self.minimum), self.supers, self.fmt)
+        zero_point = None if self.zero_point is None else self.zero_point.to(torch.uint8)
+        return Scales(stored_scale(self.scale, self.fmt, self.per_tensor), zero_point, self.per_tensor)
+
+    def of_expert(self, expert: int) -> "RowGrid":
+        """That of one matrix, its scale and minimum copies."""
+        parts = (self.scale, self.zero_point, self.minimum, self.per_tensor, self.supers)
+        scale, zero_point, minimum, *rest = (None if part is None else part[expert : expert + 1] for part in parts)
+        assert scale is not None
+        own = None if minimum is None else minimum.clone()
+        return RowGrid(self.fmt, self.num_columns, scale.clone(), zero_point, own, *rest)
+
+    def shifted(self, weights: Tensor) -> Tensor:
+        """Weights [E, N, K] plus the minimum of their blocks: on that the values are multiples of the scale."""
+        return weights if self.minimum is None else weights + self._of_columns(self.minimum)
+
+    def nearest_scale(self, wanted: Tensor, block: int) -> Tensor:
+        """The scale [E, N] of one block that can be stored nearest to `wanted`."""
+        if self.supers is not None:
+            return super_blocks.nearest(wanted, self.supers, block, self.fmt)
+        return nearest_scale(wanted, self.fmt, self.per_tensor)
+
+    def left_by(self, weights: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What codes (None: the nearest ones) leave of shifted weights [E, N, K], and what they mean unscaled."""
+        if kernel.serves(weights.device):
+            spec, largest = kernel.spec_of(self.fmt, self.num_columns), self.fmt.element.largest
+            return torch.ops.aqtx_cpu.left_by(weights, codes, self.scale, self.zero_point, spec, largest)
+        scale, zero = self.spread()
+        element = self.fmt.element
+        steps = round_value(weights / scale, element, zero) if codes is None else code_to_value(codes, element, zero)
+        return weights - steps * scale, steps
+
+    def spread(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of each weight."""
+        return self._of_columns(self.scale), None if self.zero_point is None else self._of_columns(self.zero_point)
+
+    def _of_columns(self, part: Tensor) -> Tensor:
+        return part.repeat_interleave(self.block, -1)[..., : self.num_columns]
 
 
 @dataclass(frozen=True)
 class Descent:
-    """One matrix on its way, changed in place: every tensor [1, K, N] but those of H."""
+    """One matrix on its way, changed in place: every tensor [1, N, K] but those of H and the objective [1, N]."""
 
-    grid: Grid  # in the stored order, its scale is a copy of this descent's own
-    per_tensor: Tensor | None  # of NVFP4 [1, 1, 1]
-    weights: Tensor
+    grid: RowGrid
+    weights: Tensor  # shifted
     errors: Tensor  # D
     codes: Tensor  # uint8
-    gradient: Tensor  # g
-    moved: Tensor  # what the current sweep added to D so far
+    steps: Tensor  # what the codes meant at the start, before the scale
     H: Tensor  # [1, K, K]
-    inverse: Tensor  # [1, K] of its diagonal, 0 for inputs that are always 0
-    leaf: int
 
     @classmethod
-    def of(cls, weights: Tensor, errors: Tensor, codes: Tensor, *, grid: Grid, H: Tensor, leaf: int) -> "Descent":
-        """From weights [K, N], what rounding left of them, and its codes."""
-        diagonal = H.diagonal()
-        inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-        minimum = None if grid.minimum is None else grid.minimum.clone()
-        own = replace(grid, scale=grid.scale.clone(), minimum=minimum, blocks=None)
-        D = errors.unsqueeze(0).contiguous()
-        gradient = (H @ errors).unsqueeze(0)
-        rest = (gradient, torch.empty_like(D), H.unsqueeze(0).contiguous(), inverse.unsqueeze(0), leaf)
-        return cls(own, grid.per_tensor, weights.unsqueeze(0).contiguous(), D, codes.unsqueeze(0).contiguous(), *rest)
+    def of(cls, weights: Tensor, codes: Tensor, *, grid: RowGrid, H: Tensor) -> "Descent":
+        """From weights [1, N, K] and codes of them."""
+        shifted = grid.shifted(weights)
+        errors, steps = grid.left_by(shifted, codes)
+        return cls(grid, shifted, errors, codes.clone(), steps, H)
 
-    def objective(self) -> Tensor:
-        """d H d^T of each row [N]."""
-        return torch.linalg.vecdot(self.errors[0], self.gradient[0], dim=0)
+    def run(self, most: int, *, refit: bool) -> Tensor:
+        """Refit scales if asked to, sweep at most so many times; returns the objective of each row [1, N]."""
+        refits = refit and self.grid.fmt.scale is not E8M0
+        gradient = self._refit() if refits else product(self.errors[0], self.H[0])
+        objective = torch.linalg.vecdot(self.errors[0], gradient).unsqueeze(0)
+        if most:
+            descend = _compiled_descent if kernel.serves(self.weights.device) else _descent
+            descend(self, gradient.unsqueeze(0), objective, most)
+        return objective
 
-    def run(self, most: int, *, refit: bool) -> None:
-        """Sweep at most so many times."""
-        before = self.objective().sum()
-        for _ in range(most):
-            self._sweep(0, self.weights.shape[1], refit)
-            after = self.objective().sum()
-            if not bool(before - after >= LEAST_GAIN * before):
-                break
-            before = after
+    def _refit(self) -> Tensor:
+        """Visit every scale once; returns g [N, K]."""
+        block, K, H = self.grid.block, self.grid.num_columns, self.H[0]
+        width = block * max(PANEL // block, 1)
+        gradient, moved = torch.empty_like(self.errors[0]), torch.empty_like(self.errors[0])
+        for low in range(0, K, width):
+            own = slice(low, min(low + width, K))
+            before, found = self.errors[0, :, own].clone(), product(self.errors[0], H[:, own])
+            for start in range(own.start, own.stop, block):
+                self._rescale(slice(start, min(start + block, K)), found, own)
+            gradient[:, own] = found
+            torch.sub(self.errors[0, :, own], before, out=moved[:, own])
+        for low in range(0, K - width, width):  # what later blocks did to earlier ones
+            own, later = slice(low, low + width), slice(low + width, K)
+            add_product(gradient[:, own], moved[:, later], H[later, own])
+        return gradient
 
-    def _sweep(self, low: int, high: int, refit: bool) -> None:
-        """Visit scales and codes of the columns from `low` up to `high`."""
-        unit = self.grid.block * max(self.leaf // self.grid.block, 1)  # whole blocks, as their scales come first
-        if high - low <= unit:
-            shift = self._rescale(low, high) if refit else None
-            self._recode(low, high)
-            if shift is not None:
-                self.moved[:, low:high] += shift
-            return
-        middle = _middle(low, high, unit)
-        self._sweep(low, middle, refit)
-        self._tell(slice(low, middle), slice(middle, high))
-        self._sweep(middle, high, refit)
-        self._tell(slice(middle, high), slice(low, middle))
+    def _rescale(self, block: slice, gradient: Tensor, panel: slice) -> None:
+        """Visit the scale of one block; `gradient` is that of the panel's columns."""
+        inside = slice(block.start - panel.start, block.stop - panel.start)
+        place = block.start // self.grid.block
+        scale, codes = self.grid.scale[0, :, place], self.steps[0, :, block]
+        curved = product(codes, self.H[0, block, panel])
+        c_H_c = torch.linalg.vecdot(curved[:, inside], codes)
+        c_g = torch.linalg.vecdot(gradient[:, inside], codes)
+        found = self.grid.nearest_scale((scale + c_g / c_H_c).unsqueeze(0), place)[0]
+        step = found - scale
+        better = (step * (2 * c_g - step * c_H_c) > 0) & (found * scale > 0) & found.isfinite()
+        scale.copy_(torch.where(better, found, scale))
+        gradient.addcmul_(curved, torch.where(better, step, 0.0).unsqueeze(1), value=-1)
+        if self.grid.minimum is not None:
+            self._shift(self.grid.minimum[0, :, place], block, gradient, panel)
+        torch.sub(self.weights[0, :, block], codes * scale.unsqueeze(1), out=self.errors[0, :, block])
 
-    def _tell(self, moved: slice, other: slice) -> None:
-        """Bring g of other columns up to date."""
-        self.gradient[:, other].baddbmm_(self.H[:, other, moved], self.moved[:, moved])
-
-    def _recode(self, low: int, high: int) -> None:
-        """Visit the codes of some columns; `moved` is then what that added to D."""
-        if high - low <= self.leaf:
-            (_compiled_leaf if kernel.serves(self.weights.device) else _leaf)(self, low, high)
-            return
-        middle = _middle(low, high, self.leaf)
-        self._recode(low, middle)
-        self._tell(slice(low, middle), slice(middle, high))
-        self._recode(middle, high)
-        self._tell(slice(middle, high), slice(low, middle))
-
-    def _rescale(self, low: int, high: int) -> Tensor:
-        """Visit the scales of the blocks in some columns; returns what that added to D."""
-        own = slice(low, high)
-        before = self.errors[:, own].clone()
-        for start in range(low, high, self.grid.block):
-            block, inside = slice(start, min(start + self.grid.block, high)), start // self.grid.block
-            scale = self.grid.scale[:, inside]  # [1, N]
-            codes = (self.weights[:, block] - self.errors[:, block]) / scale.unsqueeze(1)
-            curved = self.H[:, own, block] @ codes  # [1, columns, N]
-            c_H_c = (curved[:, start - low : block.stop - low] * codes).sum(1)
-            c_g = (codes * self.gradient[:, block]).sum(1)
-            found = self.grid.nearest_scale(scale + c_g / c_H_c, inside)
-            step = found - scale
-            better = (step * (2 * c_g - step * c_H_c) > 0) & (found * scale > 0) & found.isfinite()
-            step = torch.where(better, step, 0.0).unsqueeze(1)
-            scale.copy_(torch.where(better, found, scale))
-            self.errors[:, block] -= step * codes
-            self.gradient[:, own] -= step * curved
-            if self.grid.minimum is not None:
-                self._shift(self.grid.minimum[:, inside], own, block)
-        return self.errors[:, own] - before
-
-    def _shift(self, minimum: Tensor, own: slice, block: slice) -> None:
-        """Visit the minimum [1, N] of a block: on it D depends with slope 1, so its best change is -1.g / (1 H 1)."""
+    def _shift(self, minimum: Tensor, block: slice, gradient: Tensor, panel: slice) -> None:
+        """Visit the minimum [N] of a block: on it D depends with slope 1, so its best change is -1.g / (1 H 1)."""
         assert self.grid.supers is not None
-        curved = self.H[:, own, block].sum(2)  # [1, columns]
-        one_H_one = curved[:, block.start - own.start : block.stop - own.start].sum()
-        one_g = self.gradient[:, block].sum(1)
-        inside = block.start // self.grid.block
-        found = super_blocks.nearest(
-            minimum - one_g / one_H_one, self.grid.supers, inside, self.grid.fmt, of_minimum=True
-        )
+        inside = slice(block.start - panel.start, block.stop - panel.start)
+        curved = self.H[0, block, panel].sum(0)
+        one_H_one, one_g = curved[inside].sum(), gradient[:, inside].sum(1)
+        wanted, place = (minimum - one_g / one_H_one).unsqueeze(0), block.start // self.grid.block
+        [found] = super_blocks.nearest(wanted, self.grid.supers, place, self.grid.fmt, of_minimum=True)
         step = found - minimum
         better = step * (2 * one_g + step * one_H_one) < 0
-        step = torch.where(better, step, 0.0)
+        step = torch.where(better, step, 0.0).unsqueeze(1)
         minimum.copy_(torch.where(better, found, minimum))
-        self.errors[:, block] += step.unsqueeze(1)
-        self.weights[:, block] += step.unsqueeze(1)
-        self.gradient[:, own] += step.unsqueeze(1) * curved.unsqueeze(2)
+        self.weights[0, :, block] += step
+        gradient += step * curved
+
+    @property
+    def inverse(self) -> Tensor:
+        """[1, K] of H's diagonal, 0 for inputs that are always 0."""
+        diagonal = self.H.diagonal(dim1=-2, dim2=-1)
+        return torch.where(diagonal > 0, 1 / diagonal, 0.0)
 
 
-def _middle(low: int, high: int, step: int) -> int:
-    return low + (-(-(high - low) // step) + 1) // 2 * step
-
-
-def _leaf(work: Descent, low: int, high: int) -> None:
+def _descent(work: Descent, gradient: Tensor, objective: Tensor, most: int) -> None:
     """In plain torch, one column of all rows at a time."""
-    element = work.grid.fmt.element
-    for column in range(low, high):
-        scale, zero_point = work.grid.at(column)
-        weight, error = work.weights[:, column], work.errors[:, column]
-        wanted = weight - (error - work.gradient[:, column] * work.inverse[:, column, None])
-        value = round_value(wanted / scale, element, zero_point)
-        work.codes[:, column] = value_to_code(value, element, zero_point)
-        now = weight - value * scale
-        work.moved[:, column] = now - error
-        error.copy_(now)
-        # product and sum apart: a fused one would round otherwise than the compiled kernel
-        later = slice(column + 1, high)
-        work.gradient[:, later] += work.H[:, later, column, None] * work.moved[:, column].unsqueeze(1)
-    for column in range(low, high):
-        earlier = slice(low, column + 1)
-        work.gradient[:, earlier] += work.H[:, earlier, column, None] * work.moved[:, column].unsqueeze(1)
+    element, (scale, zero), inverse = work.grid.fmt.element, work.grid.spread(), work.inverse
+    weights, errors, codes, g, H = work.weights[0], work.errors[0], work.codes[0], gradient[0], work.H[0]
+    active = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+    for _ in range(most):
+        added = torch.zeros_like(objective[0])
+        for c in range(weights.shape[1]):
+            own = None if zero is None else zero[0, :, c]
+            wanted = (weights[:, c] - (errors[:, c] - g[:, c] * inverse[0, c])) / scale[0, :, c]
+            value = round_value(wanted, element, own)
+            now = weights[:, c] - value * scale[0, :, c]
+            step = now - errors[:, c]
+            rows = ((step != 0) & active).nonzero().flatten()
+            step = step[rows]
+            # products and sums apart: fused ones would round otherwise than the compiled kernel
+            added[rows] += step * (2 * g[rows, c] + step * H[c, c])
+            errors[rows, c] = now[rows]
+            codes[rows, c] = value_to_code(value[rows], element, None if own is None else own[rows])
+            g[rows] += step.unsqueeze(1) * H[c]
+        before = objective[0].clone()
+        objective[0] += added
+        active &= -added >= LEAST_GAIN * before
+        if not bool(active.any()):
+            break
 
 
-def _compiled_leaf(work: Descent, low: int, high: int) -> None:
+def _compiled_descent(work: Descent, gradient: Tensor, objective: Tensor, most: int) -> None:
     """In one call of the compiled kernel."""
     grid = work.grid
-    spec = kernel.spec_of(grid.fmt, work.weights.shape[1])
-    torch.ops.aqtx_cpu.sweep_columns(
-        work.gradient, work.weights, work.errors, work.moved, work.codes, work.H, work.inverse, grid.scale,
-        grid.zero_point, spec, grid.fmt.element.largest, low, high,
+    spec = kernel.spec_of(grid.fmt, grid.num_columns)
+    torch.ops.aqtx_cpu.descend(
+        gradient, work.weights, work.errors, work.codes, work.H, work.inverse, grid.scale, grid.zero_point, objective,
+        spec, grid.fmt.element.largest, most, LEAST_GAIN,
     )  # fmt: skip

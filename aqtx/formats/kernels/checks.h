@@ -57,27 +57,72 @@ inline void check_activations(const at::Tensor& x, int64_t num_columns) {
               "aqtx: activations must be float32, bfloat16 or float16 on the CPU");
 }
 
-struct ColumnsTensors {
-  const at::Tensor &values, &weights, &errors, &nearest, &codes, &ratios, &scale, &penalties, &shares, &bounds;
-  const at::Tensor *zero, *blocks;
+// Of the ops of GPTQ: float32 [E, K, N] or [E, N, K], scales and zero points with blocks in the place of columns.
+struct GridTensors {
+  const at::Tensor &scale, *zero;
 };
 
-inline void check_columns(const ColumnsTensors& t, Spec spec, int64_t low, int64_t high) {
+inline void check_grid(const GridTensors& grid, at::IntArrayRef sizes, Spec spec) {
   check_spec(spec);
-  TORCH_CHECK(t.values.dim() == 3 && t.scale.dim() == 3, "aqtx: float32 [E, K, N] only");
-  const int64_t E = t.values.size(0), K = t.values.size(1), N = t.values.size(2), G = t.scale.size(1);
-  for (const at::Tensor* x : {&t.values, &t.weights, &t.errors, &t.nearest}) check_plain(*x, at::kFloat, {E, K, N}, "columns");
+  TORCH_CHECK((grid.zero != nullptr) == (spec[5] != 0), "aqtx: zero points are missing, or there should be none");
+  check_plain(grid.scale, at::kFloat, sizes, "scales");
+  if (grid.zero) check_plain(*grid.zero, at::kFloat, sizes, "zero points");
+}
+
+struct ColumnsTensors {
+  const at::Tensor &values, &weights, &errors, &codes, &ratios, &penalties, &bounds;
+  const at::Tensor* blocks;
+};
+
+inline void check_columns(const ColumnsTensors& t, const GridTensors& grid, Spec spec, int64_t low, int64_t high) {
+  TORCH_CHECK(t.values.dim() == 3, "aqtx: float32 [E, K, N] only");
+  const int64_t E = t.values.size(0), K = t.values.size(1), N = t.values.size(2);
+  check_spec(spec);
+  const int64_t G = blocks_of(K, spec[4]);
+  check_grid(grid, {E, G, N}, spec);
+  for (const at::Tensor* x : {&t.values, &t.weights, &t.errors}) check_plain(*x, at::kFloat, {E, K, N}, "columns");
   check_plain(t.codes, at::kByte, {E, K, N}, "codes");
-  check_plain(t.scale, at::kFloat, {E, G, N}, "scales");
-  if (t.zero) check_plain(*t.zero, at::kFloat, {E, G, N}, "zero points");
   check_plain(t.penalties, at::kFloat, {E, K}, "penalties");
-  check_plain(t.shares, at::kFloat, {E}, "shares");
   check_plain(t.bounds, at::kFloat, {E, N}, "bounds");
-  TORCH_CHECK(t.ratios.scalar_type() == at::kFloat && t.ratios.sizes() == at::IntArrayRef({E, K, K}), "aqtx: float32 [E, K, K] only");
+  check_plain(t.ratios, at::kFloat, {E, K, K}, "ratios");
   TORCH_CHECK(0 <= low && low <= high && high <= K, "aqtx: no columns from ", low, " to ", high);
-  TORCH_CHECK(blocks_of(K, spec[4]) == G, "aqtx: ", G, " scales for ", K, " columns in blocks of ", spec[4]);
   if (!t.blocks) return;
   check_plain(*t.blocks, at::kLong, {E, K}, "block numbers");
   const int64_t* number = t.blocks->const_data_ptr<int64_t>();
   for (int64_t i = 0; i < E * K; i++) TORCH_CHECK(number[i] >= 0 && number[i] < G, "aqtx: no block ", number[i]);
+}
+
+struct DescentTensors {
+  const at::Tensor &gradient, &weights, &errors, &codes, &hessian, &inverse, &objective;
+};
+
+inline void check_descent(const DescentTensors& t, const GridTensors& grid, Spec spec) {
+  TORCH_CHECK(t.weights.dim() == 3, "aqtx: float32 [E, N, K] only");
+  const int64_t E = t.weights.size(0), N = t.weights.size(1), K = t.weights.size(2);
+  check_spec(spec);
+  check_grid(grid, {E, N, blocks_of(K, spec[4])}, spec);
+  for (const at::Tensor* x : {&t.gradient, &t.weights, &t.errors}) check_plain(*x, at::kFloat, {E, N, K}, "rows");
+  check_plain(t.codes, at::kByte, {E, N, K}, "codes");
+  check_plain(t.hessian, at::kFloat, {E, K, K}, "Hessians");
+  check_plain(t.inverse, at::kFloat, {E, K}, "the diagonal's inverse");
+  check_plain(t.objective, at::kFloat, {E, N}, "objectives");
+}
+
+inline void check_left(const at::Tensor& weights, const at::Tensor* codes, const GridTensors& grid, Spec spec) {
+  TORCH_CHECK(weights.dim() == 3, "aqtx: float32 [E, N, K] only");
+  const int64_t E = weights.size(0), N = weights.size(1), K = weights.size(2);
+  check_spec(spec);
+  check_grid(grid, {E, N, blocks_of(K, spec[4])}, spec);
+  check_plain(weights, at::kFloat, {E, N, K}, "rows");
+  if (codes) check_plain(*codes, at::kByte, {E, N, K}, "codes");
+}
+
+inline void check_runs(const at::Tensor& values, const at::Tensor& importance, const GridTensors& grid, Spec spec) {
+  TORCH_CHECK(values.dim() == 2 && importance.dim() == 2 && grid.scale.dim() == 2, "aqtx: float32 matrices only");
+  const int64_t R = values.size(0), B = values.size(1), C = grid.scale.size(0);
+  TORCH_CHECK(B % 16 == 0, "aqtx: runs in multiples of 16, not of ", B);
+  TORCH_CHECK(C > 0 && importance.size(0) > 0, "aqtx: no candidates, or no importance");
+  check_grid(grid, {C, R}, spec);
+  check_plain(values, at::kFloat, {R, B}, "runs");
+  check_plain(importance, at::kFloat, {importance.size(0), B}, "importance");
 }

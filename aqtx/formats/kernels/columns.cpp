@@ -8,9 +8,9 @@
 static INLINE void tile(const ColumnsTask& t, int64_t expert, int64_t first, const float* ratios, float* scratch) {
   const int64_t B = t.high - t.low, K = t.num_columns, N = t.num_rows, rows = N - first < kLanes ? N - first : kLanes;
   const Round r = round_of(t.element, t.zero != nullptr);
-  const float levels = float((1 << t.element.bits) - 1), share = t.shares[expert];
+  const float levels = float((1 << t.element.bits) - 1);
   float *v = scratch, *e = scratch + B * kLanes;
-  alignas(64) float scale[kLanes], zero[kLanes], sum[kLanes], q[kLanes], near[kLanes];
+  alignas(64) float scale[kLanes], zero[kLanes], sum[kLanes], q[kLanes];
   alignas(64) uint8_t code[kLanes];
   for (int l = 0; l < kLanes; l++) scale[l] = 1, zero[l] = 0, sum[l] = 0;
   const int64_t origin = (expert * K + t.low) * N + first;
@@ -30,18 +30,15 @@ static INLINE void tile(const ColumnsTask& t, int64_t expert, int64_t first, con
     }
     float *mine = v + c * kLanes, *error = e + c * kLanes;  // `error` holds the weights until they are rounded
     receive(mine, e, ratios + c * B, c);
-    for (int l = 0; l < kLanes; l++) q[l] = mine[l] / scale[l], near[l] = error[l] / scale[l];
+    for (int l = 0; l < kLanes; l++) q[l] = mine[l] / scale[l];
     round_lanes(q, zero, r, levels);
-    round_lanes(near, zero, r, levels);
     codes_of(q, zero, r, t.element, code);
     const float penalty = t.penalties[expert * K + t.low + c];
     for (int l = 0; l < kLanes; l++) {
       const float rounded = q[l] * scale[l], step = mine[l] - rounded;
-      near[l] = error[l] - near[l] * scale[l];
       error[l] -= rounded;
-      sum[l] += penalty * (step * step) - share * (error[l] * error[l]);
+      sum[l] += penalty * (step * step);
     }
-    copy(t.nearest + origin + c * N, near, rows);
     copy(t.errors + origin + c * N, error, rows);
     copy(t.codes + origin + c * N, code, rows);
   }
@@ -49,7 +46,7 @@ static INLINE void tile(const ColumnsTask& t, int64_t expert, int64_t first, con
 }
 
 static INLINE void run_tiles(const ColumnsTask& t, int64_t begin, int64_t end) {
-  const int64_t B = t.high - t.low, tiles = (t.num_rows + kLanes - 1) / kLanes;
+  const int64_t B = t.high - t.low, K = t.num_columns, tiles = (t.num_rows + kLanes - 1) / kLanes;
   std::vector<float> ratios(B * B), space(2 * B * kLanes + kWidth);
   float* scratch = space.data() + (kWidth - (uintptr_t(space.data()) / 4) % kWidth) % kWidth;  // whole cache lines
   int64_t loaded = -1;
@@ -57,10 +54,10 @@ static INLINE void run_tiles(const ColumnsTask& t, int64_t begin, int64_t end) {
     const int64_t expert = i / tiles;
     if (expert != loaded) {  // transposed: what a column receives lies together
       loaded = expert;
-      const float* from = t.ratios + expert * t.ratio_strides[0];
+      const float* from = t.ratios + (expert * K + t.low) * K + t.low;
       for (int64_t row = 0; row < B; row++)
         for (int64_t c = 0; c < B; c++)
-          ratios[c * B + row] = from[(t.low + row) * t.ratio_strides[1] + (t.low + c) * t.ratio_strides[2]];
+          ratios[c * B + row] = from[row * K + c];
     }
     tile(t, expert, i % tiles * kLanes, ratios.data(), scratch);
   }

@@ -1,4 +1,4 @@
-// Rounding of 64 lanes at a time: what GPTQ's columns, the sweeps and the search for scales have in common.
+// Rounding of many lanes at a time: what GPTQ's columns, the sweeps and the search for scales have in common.
 //
 // The arithmetic is that of elements.py, addition for addition and without contraction, so that both give the same bits.
 #pragma once
@@ -27,16 +27,16 @@ static INLINE Round round_of(const Element& t, bool has_zero) {
 static INLINE float clamp(float v, float low, float high) { v = v > low ? v : low; return v < high ? v : high; }
 
 // Integers: clamping to whole bounds before rounding is the same as after it.
-static INLINE void round_integers(float* v, const float* zero, const Round& r, float levels) {
+template <int LANES> static INLINE void round_integers(float* v, const float* zero, const Round& r, float levels) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23
-  for (int l = 0; l < kLanes; l++) {
+  for (int l = 0; l < LANES; l++) {
     const float low = r.has_zero ? -zero[l] : r.low, high = r.has_zero ? levels - zero[l] : r.high;
     v[l] = (clamp(v[l], low, high) + magic) - magic;
   }
 }
 
-static INLINE void round_floats(float* v, const Round& r) {
-  for (int l = 0; l < kLanes; l++) {
+template <int LANES> static INLINE void round_floats(float* v, const Round& r) {
+  for (int l = 0; l < LANES; l++) {
     const float x = clamp(v[l], r.low, r.high);
     const float power = as_float(as_bits(x) & 0x7f800000);
     const float magic = (power > r.smallest ? power : r.smallest) * r.to_magic;
@@ -44,20 +44,21 @@ static INLINE void round_floats(float* v, const Round& r) {
   }
 }
 
-static INLINE void round_lanes(float* v, const float* zero, const Round& r, float levels) {
-  if (r.is_float) round_floats(v, r);
-  else round_integers(v, zero, r, levels);
+template <int LANES = kLanes> static INLINE void round_lanes(float* v, const float* zero, const Round& r, float levels) {
+  if (r.is_float) round_floats<LANES>(v, r);
+  else round_integers<LANES>(v, zero, r, levels);
 }
 
 // Codes of values that lie on the grid.
+template <int LANES = kLanes>
 static INLINE void codes_of(const float* v, const float* zero, const Round& r, const Element& t, uint8_t* code) {
   if (!r.is_float) {
-    for (int l = 0; l < kLanes; l++) code[l] = uint8_t(int(v[l] + (r.has_zero ? zero[l] : -r.low)));
+    for (int l = 0; l < LANES; l++) code[l] = uint8_t(int(v[l] + (r.has_zero ? zero[l] : -r.low)));
     return;
   }
   const int drop = 23 - t.mantissa_bits;
   const uint32_t offset = uint32_t(128 - t.exponent_bias) << t.mantissa_bits, step = 1u << t.mantissa_bits;
-  for (int l = 0; l < kLanes; l++) {
+  for (int l = 0; l < LANES; l++) {
     const float magnitude = as_float(as_bits(v[l]) & 0x7fffffff);
     const bool subnormal = magnitude < r.smallest;
     const uint32_t shifted = as_bits(subnormal ? magnitude + r.smallest : magnitude) >> drop;

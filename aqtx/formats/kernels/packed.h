@@ -108,37 +108,47 @@ struct ColumnsTask {
   const float* values;   // what to round but for the errors of the leaf's earlier columns
   const float* weights;
   float* errors;         // out: weights less rounded values
-  float* nearest;        // out: weights less their nearest values
   uint8_t* codes;        // out: of the rounded values
   const float* ratios;   // [E, K, K]
-  const int64_t* ratio_strides;
   const float* scale;    // [E, num_blocks, N]
   const float* zero;     // the same, or null
   const int64_t* blocks; // [E, K] block of each column, or null for column / block
   const float* penalties;  // [E, K]
-  const float* shares;     // [E]
-  float* bounds;           // [E, N], to which penalty * (value - rounded)^2 - share * error^2 of each column is added
+  float* bounds;           // [E, N], to which penalty * (value - rounded)^2 of each column is added
   int64_t num_rows, num_columns, num_blocks, block, low, high;
   Element element;
 };
 int64_t column_tiles(int64_t num_rows);
 void round_columns(const ColumnsTask& task, int64_t begin, int64_t end);  // tiles, all experts' in a row
 
-// Coordinate descent over columns low..high of [E, K, N] matrices: each takes the value that is best given all others.
-struct SweepTask {
-  float* gradient;       // H times errors; exact within the leaf afterwards
-  const float* weights;
-  float* errors;         // weights less values
-  float* moved;          // out: what was added to the errors
-  uint8_t* codes;        // out
-  const float* hessian;  // [E, K, K], symmetric
-  const float* inverse;  // [E, K] of the diagonal
-  const float* scale;    // [E, num_blocks, N]
-  const float* zero;     // the same, or null
-  int64_t num_rows, num_columns, num_blocks, block, low, high;
+// Coordinate descent on the codes of rows: each code in turn takes the value that is best given all others.
+struct DescentTask {
+  const float* gradient;  // [E, N, K] errors times H
+  const float* weights;   // [E, N, K]
+  float* errors;          // weights less values
+  uint8_t* codes;
+  const float* hessian;   // [E, K, K], symmetric
+  const float* inverse;   // [E, K] of the diagonal
+  const float* scale;     // [E, N, num_blocks]
+  const float* zero;      // the same, or null
+  float* objective;       // [E, N] errors H errors
+  int64_t num_rows, num_columns, num_blocks, block, sweeps;
+  float least_gain;       // of the objective; a row whose sweep gains less is done
   Element element;
 };
-void sweep_columns(const SweepTask& task, int64_t begin, int64_t end);  // tiles, all experts' in a row
+void descend_rows(const DescentTask& task, int64_t begin, int64_t end);  // rows, all experts' in a row
+
+// What codes, or the nearest values where there are none, leave of weights [R, K]; `steps` are these values unscaled.
+struct LeftTask {
+  const float* weights;
+  const uint8_t* codes;  // or null
+  const float* scale;    // [R, num_blocks]
+  const float* zero;     // the same, or null
+  float *errors, *steps;
+  int64_t num_columns, num_blocks, block;
+  Element element;
+};
+void left_rows(const LeftTask& task, int64_t begin, int64_t end);
 
 // The candidate scale of least weighted squared error, for runs of `block` weights.
 struct ScaleTask {
