@@ -12,7 +12,11 @@ def study(data: RunData) -> str:
     found = data.study
     if not found.get("points"):
         raise Absent("this folder holds no study (study.json).")
-    words = [*found.get("summary", []), (found.get("calibrated") or {}).get("sentence", "")]
+    words = [
+        (found.get("quick") or {}).get("sentence", ""),
+        *found.get("summary", []),
+        (found.get("calibrated") or {}).get("sentence", ""),
+    ]
     sentences = "".join(f"<li>{html.text(sentence)}</li>" for sentence in words if sentence)
     return f"<ul>{sentences}</ul>" + _points(found["points"]) + _regrets(found) + _correlations(found)
 

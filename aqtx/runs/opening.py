@@ -55,14 +55,18 @@ def _of_one_source(spec: CalibrationSpec, recipe: Recipe, program: Program, cont
     if spec.source not in WRITTEN:
         tokenizer = load_tokenizer(folder_of(program))
         return Calibration(*calibration_by_domain(spec, tokenizer, recipe.seed, progress=context.progress))
-    folder = program.folder
-    known = folder is not None and any(folder.glob("tokenizer*"))  # no tokenizer, nothing that it puts
-    start = start_of(load_tokenizer(folder_of(program))) if known else []
+    start = start_tokens(program)
     if spec.source == "self":
         ids = own_text.calibration(program, spec, recipe.seed, context.work, start=start, progress=context.progress)
     else:
         ids = self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
     return Calibration(ids, (str(spec.source),) * len(ids))
+
+
+def start_tokens(program: Program) -> list[int]:
+    """What the model's tokenizer puts before every text; nothing where there is none."""
+    folder = program.folder
+    return start_of(load_tokenizer(folder)) if folder is not None and any(folder.glob("tokenizer*")) else []
 
 
 def folder_of(program: Program) -> Path:

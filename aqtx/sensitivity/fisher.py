@@ -76,9 +76,11 @@ def _by_weight(wanted: Sequence[Request]) -> dict[str, list[Request]]:
     return grouped
 
 
-def _measure_directions(program: Program, wanted: Sequence[Request], text: Calibration, context: Context) -> None:
-    """1/2 D^T F D of each site and format. A matrix that is used twice has the gradients of both uses added up."""
-    ids = text.ids
+def losses_along(program: Program, wanted: Sequence[Request], ids: Tensor, context: Context) -> dict[str, Tensor]:
+    """1/2 D^T F D of each site, [formats, sequences] in nats per token; annotates nothing.
+
+    A matrix that is used twice has the gradients of both uses added up.
+    """
     by_weight = _by_weight(wanted)
     users = users_of(program, list(by_weight))
     sums = {site.name: torch.zeros(len(formats), len(ids), dtype=torch.float64) for site, formats in wanted}
@@ -91,8 +93,13 @@ def _measure_directions(program: Program, wanted: Sequence[Request], text: Calib
                 _add_directions(program, by_weight[weight], node, backward, sums)
             record.save(block.index, sums, backward)
     context.ranks.add_up(*sums.values())  # each sequence is one rank's, zero on the others
+    return {name: 0.5 * value.square() / ids.shape[1] for name, value in sums.items()}
+
+
+def _measure_directions(program: Program, wanted: Sequence[Request], text: Calibration, context: Context) -> None:
+    found = losses_along(program, wanted, text.ids, context)
     for site, formats in wanted:
-        losses = 0.5 * sums[site.name].square() / ids.shape[1]  # [formats, sequences], nats per token
+        losses = found[site.name]
         annotate(site, KEYS["direction"], _by_format(formats, (losses * text.shares()).sum(1)))
         for domain in _told_apart(text):
             _annotate_domain(site, KEYS["direction"], domain, _by_format(formats, losses[:, text.rows(domain)].mean(1)))

@@ -20,7 +20,7 @@ from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 from aqtx.registry import Calibration, Context, Pass, annotator
 from aqtx.runs.fingerprint import source_hashes
-from aqtx.runs.opening import program_of, recipe_context
+from aqtx.runs.opening import folder_of, program_of, recipe_context, start_tokens
 from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import Recipe
 from aqtx.schema import plain
@@ -28,6 +28,7 @@ from aqtx.sensitivity.rounded_model import RoundedModel
 from aqtx.study.correlate import Truth, correlations, held_out, measure_truth
 from aqtx.study.domains import measure_regrets
 from aqtx.study.plans import plan_arm
+from aqtx.study.quick import Quick, quick_verdict
 from aqtx.study.verdict import Point, study_json, study_markdown
 from aqtx.text.tokens import Document, evaluation, load_tokenizer
 
@@ -43,6 +44,7 @@ class Study:
     context: Context
     documents: list[Document]
     calibrated: dict[str, Any] = field(default_factory=dict)
+    quick: Quick | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # that each arm took to measure what arms before it had not
 
     def run(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class Study:
             score = partial(self._divergence, model)
             data["domains"] = measure_regrets(self.program, settings, self.spec.average_bits, self._planning, score)
         data |= {
+            "quick": None if self.quick is None else self.quick.to_json(),
             "trials": len(truth.sites),
             "calibrated": self.calibrated,
             "seconds": self.seconds,
@@ -149,27 +152,42 @@ def _problems(recipe: Recipe, spec: StudySpec, program: Program) -> list[str]:
     )
 
 
-def study_recipe(recipe: Recipe, spec: StudySpec, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
-    """Run a study; returns the content of study.json and the folder, `<output>.study`."""
-    program = program_of(recipe)
-    if program.folder is None:
-        raise InputError("the model has no folder, so there is no tokenizer to read text with")
-    if problems := _problems(recipe, spec, program):
+def study_recipe(
+    recipe: Recipe, spec: StudySpec, *, quiet: bool = False, tell: Callable[[Quick], None] = lambda _: None
+) -> tuple[dict[str, Any], Path]:
+    """Run a study; returns the content of study.json and the folder, `<output>.study`.
+
+    `tell` is given a quick verdict on alpha before the long part begins.
+    """
+    if problems := _problems(recipe, spec, program := program_of(recipe)):
         raise InputError(*problems)
+    folder = folder_of(program)
     directory = Path(recipe.output or "out/study")
     directory = directory.with_name(directory.name + ".study")
     directory.mkdir(parents=True, exist_ok=True)
     context = recipe_context(recipe, program, quiet=quiet)
     Run(program, context).execute(_annotations(recipe.passes))
+    tell(quick := quick_verdict(program, _settings(recipe), context, start_tokens(program)))
     evaluate = recipe.evaluate or EvaluateSpec(perplexity="builtin")
     documents = evaluation(
         evaluate.perplexity or "builtin",
-        load_tokenizer(program.folder),
+        load_tokenizer(folder),
         max_tokens=evaluate.max_tokens,
         max_document=spec.max_document,
     )
-    study = Study(recipe, spec, directory, program, context, documents)
+    study = Study(recipe, spec, directory, program, context, documents, quick=quick)
     return study.run(), directory
+
+
+def quick_recipe(recipe: Recipe, *, quiet: bool = False) -> Quick:
+    """The quick verdict alone; writes nothing."""
+    program = program_of(recipe)
+    passes = [step for step in recipe.passes if step.stage in ("annotate", "plan")]
+    if problems := misfits(program, passes):
+        raise InputError(*problems)
+    context, settings = recipe_context(recipe, program, quiet=quiet), _settings(recipe)
+    Run(program, context).execute(_annotations([step for step in passes if "alpha" in step.annotates]))
+    return quick_verdict(program, settings, context, start_tokens(program))
 
 
 def _annotations(passes: Sequence[Pass]) -> list[Pass]:

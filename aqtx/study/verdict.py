@@ -109,6 +109,8 @@ def study_markdown(data: dict[str, Any]) -> str:
             f"| {interval(row['change'], 4, signed=True)} |"
         )
     lines += ["", *(f"- {sentence}" for sentence in data["summary"]), ""]
+    if data.get("quick"):
+        lines += [data["quick"]["sentence"], ""]
     if data.get("calibrated"):
         lines += [data["calibrated"]["sentence"], ""]
     told = ", ".join(f"{name} {value:.1f}" for name, value in data.get("seconds", {}).items() if value >= 0.1)
