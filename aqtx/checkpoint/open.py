@@ -20,6 +20,7 @@ from aqtx.errors import InputError, Notice, malformed
 from aqtx.models import build, load_config, supported
 from aqtx.models.on_disk import left_out
 from aqtx.program.edits import edit_from_json
+from aqtx.program.own_dtypes import keep_own
 from aqtx.program.program import Program
 from aqtx.program.trace import build_program, copy_on_meta
 from aqtx.program.weights import ModuleSource
@@ -46,13 +47,15 @@ def trace_module(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     """Trace a module in memory; its weights are shared, not copied."""
     if hasattr(getattr(model, "config", None), "model_type"):
         return trace_loaded(model, dtype)
-    dtype = dtype or next(model.parameters()).dtype
+    usual = next(model.parameters()).dtype
     config = getattr(model, "hf_config", {})
     source = ModuleSource(model.state_dict(keep_vars=True))
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.device("meta"):
         blank = copy_on_meta(model)
-    return build_program(lambda: blank, source, config=dict(config), dtype=dtype, buffers=buffers)
+    program = build_program(lambda: blank, source, config=dict(config), dtype=dtype or usual, buffers=buffers)
+    keep_own(program, usual)
+    return program
 
 
 def load(directory: str | Path, *, verify: bool = False) -> Program:
@@ -93,6 +96,7 @@ def open_program(
         places, config = foreign_source(reader, config, weights)
         program = trace_foreign(config, places, dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
+    keep_own(program, reader.dtype())
     program.packed_source = reader.found
     program.edit(*map(edit_from_json, edits))
     return program
@@ -153,3 +157,6 @@ class _NoWeights:
 
     def expert(self, name: str, index: int) -> Tensor:
         return self.parameter(name)
+
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        return None

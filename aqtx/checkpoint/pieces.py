@@ -32,6 +32,10 @@ class Piece(ABC):
         """A part of one dimension, which stays a dimension."""
 
     @abstractmethod
+    def leaves(self) -> set[str]:
+        """The stored tensors that it is made of."""
+
+    @abstractmethod
     def read(self) -> Tensor:
         """Its values; may be memory-mapped, never to be written to."""
 
@@ -77,6 +81,10 @@ class Stored(Piece):
         """A part of what is taken already."""
         return replace(self, parts=(*self.parts[:dim], self.parts[dim][_slice(part)], *self.parts[dim + 1 :]))
 
+    def leaves(self) -> set[str]:
+        """One."""
+        return {self.key}
+
     def read(self) -> Tensor:
         """From the file."""
         return self.fetch(self.key, self.parts)
@@ -116,6 +124,10 @@ class Joined(Piece):
             start += member.shape[dim]
         return found[0] if len(found) == 1 else replace(self, members=tuple(found))
 
+    def leaves(self) -> set[str]:
+        """All members'."""
+        return set[str]().union(*(member.leaves() for member in self.members))
+
     def read(self) -> Tensor:
         """A copy."""
         return torch.cat([member.read() for member in self.members], self.dim)
@@ -145,6 +157,10 @@ class Stacked(Piece):
         inner = dim if dim < self.dim else dim - 1
         return replace(self, members=tuple(member.take(inner, part) for member in self.members))
 
+    def leaves(self) -> set[str]:
+        """All members'."""
+        return set[str]().union(*(member.leaves() for member in self.members))
+
     def read(self) -> Tensor:
         """A copy, or the only member itself."""
         if len(self.members) == 1:
@@ -172,6 +188,10 @@ class Transposed(Piece):
         """Of the other dimension."""
         return replace(self, member=self.member.take(self._inner(dim), part))
 
+    def leaves(self) -> set[str]:
+        """The member's."""
+        return self.member.leaves()
+
     def read(self) -> Tensor:
         """A view."""
         return self.member.read().transpose(self.first, self.second)
@@ -192,6 +212,10 @@ class Squeezed(Piece):
     def take(self, dim: int, part: range) -> Piece:
         """Of what stays."""
         return replace(self, member=self.member.take(dim if dim < self.dim else dim + 1, part))
+
+    def leaves(self) -> set[str]:
+        """The member's."""
+        return self.member.leaves()
 
     def read(self) -> Tensor:
         """A view."""

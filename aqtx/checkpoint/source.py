@@ -7,7 +7,8 @@ from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.errors import InputError
 from aqtx.formats import MixedExperts, QuantizedTensor
 from aqtx.formats.decode import PARTS
-from aqtx.program.names import expert_key, is_stacked
+from aqtx.machine.dtypes import widest
+from aqtx.program.names import NamesTable, expert_key, is_stacked
 
 
 class CheckpointSource:
@@ -36,6 +37,13 @@ class CheckpointSource:
     def expert(self, name: str, index: int) -> Tensor:
         """One expert's matrix."""
         return self._matrix(expert_key(name, index), self.shapes[name][1:])
+
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        """The widest that any of its matrices lies in, None where one is packed."""
+        keys = NamesTable({name: self.shapes[name]}).to_disk[name]
+        if any(key not in self.reader or key.removesuffix(".weight") in self.formats for key in keys):
+            return None
+        return widest(self.reader.own_dtype(key) for key in keys)
 
     def _matrix(self, key: str, shape: tuple[int, ...]) -> Tensor:
         site = key.removesuffix(".weight")

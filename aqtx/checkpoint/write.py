@@ -121,7 +121,7 @@ def disk_tensors(program: Program, formats: dict[str, str]) -> Iterator[tuple[st
         if name in tied:
             continue
         if name not in sites:
-            yield name, program.weights.get(name)
+            yield name, program.weights.on_disk(name)
         for site in sites.get(name, []):
             yield from matrix_tensors(f"{site.name}.weight", program.stored(site), formats)
 

@@ -15,7 +15,7 @@ def stored_bytes(program: Program) -> int:
     """Bytes of all tensors that a checkpoint of the program stores; no weight is read."""
     sites, specs, tied = program.sites_by_weight(), program.weights.specs, program.tied()
     return sum(
-        sum(site_bytes(program, site) for site in sites[name]) if name in sites else spec.numel * spec.dtype.itemsize
+        sum(site_bytes(program, site) for site in sites[name]) if name in sites else spec.numel * spec.on_disk.itemsize
         for name, spec in specs.items()
         if name not in tied
     )
@@ -26,21 +26,21 @@ def site_bytes(program: Program, site: Site) -> int:
     loaded = program.config.get("quantization_config", {}).get("formats", {})
     name = program.codes.format_of(site.name) or loaded.get(site.name)
     if name is None:
-        return site.numel * program.weights.specs[site.weight].dtype.itemsize
+        return site.numel * program.weights.specs[site.weight].on_disk.itemsize
     return parse(name).num_bytes(site.shape)
 
 
 def original_bytes(program: Program) -> int:
-    """Bytes of the model before any pass, in the dtype of its graphs."""
+    """Bytes of the model before any pass, in the dtype of its graphs; what its source holds more precisely, in that."""
     tied = program.weights.tied
-    return sum(spec.numel * spec.dtype.itemsize for name, spec in program.weights.specs.items() if name not in tied)
+    return sum(spec.numel * spec.on_disk.itemsize for name, spec in program.weights.specs.items() if name not in tied)
 
 
 def kept_bytes(program: Program, planned: Iterable[Site]) -> int:
     """Bytes of all stored tensors beside the planned sites: kept sites, embeddings, norms, biases."""
     specs, tied = program.weights.specs, program.tied()
-    total = sum(spec.numel * spec.dtype.itemsize for name, spec in specs.items() if name not in tied)
-    return total - sum(site.numel * specs[site.weight].dtype.itemsize for site in planned if site.weight not in tied)
+    total = sum(spec.numel * spec.on_disk.itemsize for name, spec in specs.items() if name not in tied)
+    return total - sum(site.numel * specs[site.weight].on_disk.itemsize for site in planned if site.weight not in tied)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from aqtx.formats import MixedExperts, dequantized
+from aqtx.formats import MixedExperts, QuantizedTensor, dequantized
 from aqtx.program.codes import CodeStore
 from aqtx.program.edits import Edit, by_weight, replay
 from aqtx.program.plan import Plan
@@ -111,7 +111,7 @@ class Program:
 
     def stored(self, site: Site) -> Tensor:
         """One matrix as a checkpoint stores it: codes where they exist, else the weight itself."""
-        return self.codes[site.name] if site.name in self.codes else self.weights.matrix(site.weight, site.expert)
+        return self.codes[site.name] if site.name in self.codes else self.weights.on_disk(site.weight, site.expert)
 
     def tied(self) -> set[str]:
         """Parameters, a tied head, that a checkpoint does not store: they equal another one and have no codes."""
@@ -166,13 +166,19 @@ def _assign(root: nn.Module, name: str, value: Tensor) -> None:
         root.register_buffer(leaf, value, persistent=False)
 
 
+def _computed(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """What graphs compute with: codes as they are, a matrix in its parameter's dtype, which files may hold wider."""
+    return stored if isinstance(stored, QuantizedTensor) else stored.to(dtype)
+
+
 def assemble(program: "Program", sites: "list[Site]") -> Tensor:
     """The parameter of `sites` (all of one weight): rounded where codes exist, as stored elsewhere.
 
     Of an emitted program a plain matrix gives its `QuantizedTensor` and a stack `MixedExperts`,
     whose experts may carry different formats; before that, the values that the codes mean.
     """
-    matrices = [program.stored(site) for site in sites]
+    dtype = program.weights.specs[sites[0].weight].dtype
+    matrices = [_computed(program.stored(site), dtype) for site in sites]
     if not program.emitted:
         values = [dequantized(matrix) for matrix in matrices]
         return values[0] if sites[0].expert is None else torch.stack(values)

@@ -17,10 +17,16 @@ from aqtx.program.weight_changes import Change, from_json, make, to_json
 
 @dataclass(frozen=True)
 class Spec:
-    """Logical shape and dtype of a parameter."""
+    """Logical shape of a parameter, the dtype that graphs compute with, and that of files where it is wider."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stored: torch.dtype | None = None
+
+    @property
+    def on_disk(self) -> torch.dtype:
+        """The dtype in files."""
+        return self.stored or self.dtype
 
     @property
     def numel(self) -> int:
@@ -37,6 +43,9 @@ class Source(Protocol):
     def expert(self, name: str, index: int) -> Tensor:
         """One expert's matrix of a stacked parameter."""
 
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        """The floating-point dtype that a parameter has here, None where it has none, or one that means nothing."""
+
 
 @dataclass
 class ModuleSource:
@@ -51,6 +60,11 @@ class ModuleSource:
     def expert(self, name: str, index: int) -> Tensor:
         """A view of one expert."""
         return self.tensors[name].detach()[index]
+
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        """The tensor's."""
+        dtype = self.tensors[name].dtype
+        return dtype if dtype.is_floating_point else None
 
 
 class WeightStore:
@@ -85,11 +99,15 @@ class WeightStore:
 
     def get(self, name: str) -> Tensor:
         """The whole parameter in its declared dtype; may be memory-mapped, never to be written to."""
-        return self._declared(name, None)
+        return self._declared(name, None, self.specs[name].dtype)
 
     def matrix(self, name: str, expert: int | None = None) -> Tensor:
         """One matrix [N, K] in the declared dtype: the parameter, or one expert's slice of a stacked one."""
-        return self._declared(name, expert)
+        return self._declared(name, expert, self.specs[name].dtype)
+
+    def on_disk(self, name: str, expert: int | None = None) -> Tensor:
+        """A parameter or an expert's matrix in the dtype that files hold it in."""
+        return self._declared(name, expert, self.specs[name].on_disk)
 
     def precise(self, name: str, expert: int | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter or an expert's matrix, dequantized, with all changes made in float64, in `dtype`; a copy."""
@@ -97,6 +115,10 @@ class WeightStore:
         if changes and value.dim() == 3:
             return torch.stack([make(changes, matrix).to(dtype) for matrix in value])
         return make(changes, value).to(dtype) if changes else value.to(dtype, copy=True)
+
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of a parameter in the source; None of a tied one, which has none of its own."""
+        return None if name in self.tied else self._source.own_dtype(name)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Replace a parameter, changes included; its logical shape must stay."""
@@ -138,6 +160,5 @@ class WeightStore:
         name = self.tied.get(name, name)
         return self._source.parameter(name) if expert is None else self._source.expert(name, expert)
 
-    def _declared(self, name: str, expert: int | None) -> Tensor:
-        dtype = self.specs[name].dtype
+    def _declared(self, name: str, expert: int | None, dtype: torch.dtype) -> Tensor:
         return self.precise(name, expert, dtype=dtype) if name in self._changes else self._raw(name, expert).to(dtype)

@@ -173,7 +173,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """Everything that the folder stores, one matrix in memory at a time."""
     activations = job.activations()
     for key, value in job.plain():
-        yield key, value.to(job.program.dtype) if value.dtype == torch.float64 else value
+        yield key, value.to(job.dtype_of(key)) if value.dtype == torch.float64 else value
     for name in job.formats:
         stored = job.program.stored(job.sites[name])
         assert isinstance(stored, QuantizedTensor)
@@ -209,7 +209,7 @@ def verify(job: Job) -> Checked:
     """Decode the folder and compare every value and name with the program's."""
     reader, checked = compressed_folder(job.output), Checked()
     for key, value in job.plain():
-        compare(checked, key, reader.get(key), value.to(job.program.dtype) if value.dtype == torch.float64 else value)
+        compare(checked, key, reader.get(key), value.to(job.dtype_of(key)) if value.dtype == torch.float64 else value)
     for name in job.formats:
         own, key = job.program.stored(job.sites[name]), f"{name}.weight"
         assert isinstance(own, QuantizedTensor)

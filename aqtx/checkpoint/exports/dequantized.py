@@ -47,11 +47,10 @@ def write(job: Job) -> list[str]:
 
 
 def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """What the folder stores; a router's correction bias keeps its own precision."""
-    specs, sites = job.program.weights.specs, job.program.sites_by_weight()
-    kept = {name for name, spec in specs.items() if spec.dtype != job.program.dtype and name not in sites}
+    """What the folder stores; what is more precise than the model's dtype, such as a router, stays so."""
     for key, value in job.plain(skip_codes=False):
-        yield key, value if key in kept else value.to(job.dtype)
+        own = job.dtype_of(key)
+        yield key, value.to(own if own != job.program.dtype else job.dtype)
 
 
 def verify(job: Job) -> Checked:

@@ -103,7 +103,7 @@ def _kind(job: Job, name: str, keys: list[str], shape: tuple[int, ...]) -> Kind:
         return kind
     if len(shape) == 1 or any(part in name for part in _IN_FLOAT32):
         return Kind.F32
-    return _PLAIN[job.program.dtype]
+    return _PLAIN.get(job.dtype_of(keys[0]), Kind.F32)
 
 
 def write(job: Job) -> list[str]:
@@ -204,7 +204,7 @@ def _value(job: Job, key: str) -> Tensor:
     """An unquantized parameter; a rotation before it is undone."""
     name = key.removesuffix(".weight")
     if name not in job.sites:
-        return job.program.weights.get(key)
+        return job.program.weights.on_disk(key)
     site = job.sites[name]
     value = plain_matrix(job.program, site, in_force(by_weight(job.program.edits).get(site.weight, [])))
     return value.squeeze(0) if value.dim() == 2 and value.shape[0] == 1 else value
@@ -224,7 +224,7 @@ def verify(job: Job) -> Checked:
             name = key.removesuffix(".weight")
             if name not in job.formats:
                 own = _value(job, key)
-                compare(checked, key, written, own.to(job.program.dtype) if own.dtype == torch.float64 else own)
+                compare(checked, key, written, own.to(job.dtype_of(key)) if own.dtype == torch.float64 else own)
                 continue
             stored = job.program.stored(job.sites[name])
             assert isinstance(stored, QuantizedTensor)

@@ -38,6 +38,10 @@ class GgufSource:
         stored, heads = self._place(name)
         return self.reader.decode(stored, index, heads).to(self.dtype)
 
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        """None: llama.cpp keeps vectors in float32 whatever the model's dtype, so the file's say nothing."""
+        return None
+
     def _place(self, name: str) -> tuple[str, int]:
         """The tensor that holds a parameter, and its heads where its rows are in llama.cpp's order."""
         leaf = name.rpartition(".")[2]

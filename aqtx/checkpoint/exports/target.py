@@ -88,6 +88,11 @@ class Job:
         """Sites by name; a matrix that is used twice is one site."""
         return {site.name: site for site in self.program.sites()}
 
+    def dtype_of(self, key: str) -> torch.dtype:
+        """The dtype in which a tensor lies in the checkpoint while it is not quantized."""
+        site = self.sites.get(key.removesuffix(".weight"))
+        return self.program.weights.specs[key if site is None else site.weight].on_disk
+
     def activations(self) -> dict[str, str]:
         """Site -> the format into which its input is rounded as the model runs."""
         found: dict[str, str] = {}
@@ -107,7 +112,7 @@ class Job:
             if name in tied:
                 continue
             if name not in sites:
-                yield name, program.weights.get(name)
+                yield name, program.weights.on_disk(name)
             for site in {site.name: site for site in sites.get(name, [])}.values():
                 if site.name not in self.formats or not skip_codes:
                     yield f"{site.name}.weight", plain_matrix(program, site, in_force(edits.get(name, [])))

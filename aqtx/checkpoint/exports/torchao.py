@@ -44,7 +44,7 @@ def _tensors(job: Job, metadata: dict[str, str]) -> Iterator[tuple[str, Tensor]]
         yield from parts.items()
 
     for key, value in job.plain():
-        plain = value.to(job.program.dtype) if value.dtype == torch.float64 else value
+        plain = value.to(job.dtype_of(key)) if value.dtype == torch.float64 else value
         yield from flat(key, plain.detach().as_subclass(Tensor))
     for name in job.formats:
         stored = job.program.stored(job.sites[name])
@@ -83,7 +83,7 @@ def verify(job: Job) -> Checked:
     """Load the folder by torchao's own helpers and compare every value and name."""
     checked, theirs = Checked(), load(job.output)
     for key, value in job.plain():
-        own = value.to(job.program.dtype) if value.dtype == torch.float64 else value
+        own = value.to(job.dtype_of(key)) if value.dtype == torch.float64 else value
         compare(checked, key, theirs[key], own)
     for name in job.formats:
         key, stored = f"{name}.weight", job.program.stored(job.sites[name])

@@ -7,7 +7,7 @@ experts are cut into gate, up and down as its graph has them. Nothing is read on
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from aqtx.checkpoint.huggingface.skeleton import blank
 from aqtx.checkpoint.pieces import Piece, stored
 from aqtx.checkpoint.reader import LISTED, CheckpointReader, ignorable
 from aqtx.errors import InputError
+from aqtx.machine.dtypes import widest
 from aqtx.models.on_disk import left_out, renamed
 from aqtx.program.names import Shape
 
@@ -34,11 +35,16 @@ class PieceSource:
     """
 
     pieces: Mapping[str, Piece]
+    dtype_of: Callable[[str], torch.dtype | None]  # of a stored tensor by key
 
     def parameter(self, name: str) -> Tensor:
         """The whole parameter."""
         value = self.pieces[name].read()
         return value.contiguous() if value.dim() < 3 else value.clone(memory_format=torch.contiguous_format)
+
+    def own_dtype(self, name: str) -> torch.dtype | None:
+        """The widest of the tensors that it is put together from, None where one is packed."""
+        return widest(self.dtype_of(key) for key in self.pieces[name].leaves())
 
     def stored(self, name: str) -> Tensor | None:
         """A parameter, None where the file does not have it."""

@@ -17,6 +17,7 @@ from aqtx.checkpoint.source import CheckpointSource
 from aqtx.checkpoint.tied import untied
 from aqtx.errors import InputError
 from aqtx.models import build, supported
+from aqtx.program.own_dtypes import keep_own
 from aqtx.program.program import Program
 from aqtx.program.trace import build_program
 from aqtx.program.weights import ModuleSource
@@ -45,12 +46,14 @@ def trace_foreign(config: Mapping[str, Any], source: Any, dtype: torch.dtype, fo
 def trace_loaded(model: nn.Module, dtype: torch.dtype | None = None) -> Program:
     """Trace a transformers model in memory; its weights are shared, not copied."""
     config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
-    dtype = dtype or next(model.parameters()).dtype
-    tensors = canonical_tensors(model)
-    if not supported(config):
-        return trace_foreign(config, ModuleSource(tensors), dtype)
-    tensors = {to_disk(config["model_type"], name): tensor for name, tensor in tensors.items()}
-    return build_program(lambda: build(config), ModuleSource(tensors), config=config, dtype=dtype)
+    usual, tensors = next(model.parameters()).dtype, canonical_tensors(model)
+    if supported(config):
+        tensors = {to_disk(config["model_type"], name): tensor for name, tensor in tensors.items()}
+        program = build_program(lambda: build(config), ModuleSource(tensors), config=config, dtype=dtype or usual)
+    else:
+        program = trace_foreign(config, ModuleSource(tensors), dtype or usual)
+    keep_own(program, usual)
+    return program
 
 
 def foreign_source(
@@ -84,7 +87,8 @@ def fused_source(
     if not any(len(reader.shape(key)) == 3 or "language_model." in key for key in others):
         return None
     found = _translated(reader, config).pieces
-    return PieceSource({to_disk(config["model_type"], name): piece for name, piece in found.items()})
+    own_names = {to_disk(config["model_type"], name): piece for name, piece in found.items()}
+    return PieceSource(own_names, reader.own_dtype)
 
 
 def _translated(reader: CheckpointReader, config: Mapping[str, Any]) -> PieceSource:
@@ -93,7 +97,7 @@ def _translated(reader: CheckpointReader, config: Mapping[str, Any]) -> PieceSou
     if layout.left_out:
         told = f"{reader.folder}: {len(layout.left_out)} tensors are left out, first {layout.left_out[0]}"
         warnings.warn(told, stacklevel=2)
-    return PieceSource(layout.pieces)
+    return PieceSource(layout.pieces, reader.own_dtype)
 
 
 def check_reach(program: Program, name: str) -> None:
