@@ -33,6 +33,10 @@ COMMANDS: tuple[Command, ...] = (
     ls.COMMAND,
 )
 
+_GOES_ON = {
+    "apply": "; the same command with --resume goes on from the last finished pass",
+    "study": "; the same command goes on with what is scored already",
+}
 _SOURCES = tuple(Path(__file__).parent.joinpath(name).resolve() for name in (".", "passes", "models"))
 
 
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(2, error.problems, show_traceback)
     except KeyboardInterrupt as error:
-        hint = "; the same command with --resume goes on from the last finished pass" if words[:1] == ["apply"] else ""
+        hint = _GOES_ON.get(next(iter(words), ""), "")
         return _fail(1, [f"{error if isinstance(error, Stopped) else 'interrupted'}{hint}"], show_traceback)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `aqtx ls formats | head` is no failure

@@ -1,6 +1,7 @@
 """`aqtx eval`: perplexity and tasks of one or several models, side by side."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, and write the logs where asked."""
-    from aqtx.evaluate.arms import evaluate_arms
+    from aqtx.evaluate.arms import WRITTEN, evaluate_arms
     from aqtx.evaluate.spec import EvaluateSpec
+    from aqtx.machine.command_output import made_folder
     from aqtx.machine.devices import device_of
-    from aqtx.machine.files import make_folder
     from aqtx.registry import Context
     from aqtx.runs.arms import open_arms
 
@@ -64,13 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
         num_fewshot=arguments.num_fewshot,
     )
     device = device_of(arguments.device)
-    arms = {name: program.to(device) for name, program in open_arms(arguments.models, arguments.plan).items()}
+    # what is in the way is told before anything is measured
+    with made_folder(arguments.to, "eval", WRITTEN) if arguments.to is not None else nullcontext() as folder:
+        arms = {name: program.to(device) for name, program in open_arms(arguments.models, arguments.plan).items()}
+        results = evaluate_arms(arms, spec, seed=arguments.seed, progress=Context().progress)
+        print(result_table(results))
+        if folder is not None:
+            results.write(folder)
     if arguments.to is not None:
-        make_folder(arguments.to)  # what cannot be written is known before anything is measured
-    results = evaluate_arms(arms, spec, seed=arguments.seed, progress=Context().progress)
-    print(result_table(results))
-    if arguments.to is not None:
-        results.write(arguments.to)
         print(f"\n{arguments.to}")
     return 0
 

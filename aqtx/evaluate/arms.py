@@ -12,11 +12,14 @@ from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexi
 from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.evaluate.tasks import answer_gaps, compare_tasks, run_tasks
+from aqtx.machine.files import write_text
 from aqtx.machine.memory import room_for_work
 from aqtx.program.generate import Generator
 from aqtx.program.program import Program
 from aqtx.report.numbers import interval
 from aqtx.text.tokens import evaluation, load_tokenizer
+
+WRITTEN = ("eval.json", "eval.md", "documents/*.json", "samples/*.jsonl", "differing/*.jsonl")
 
 
 @dataclass
@@ -68,18 +71,17 @@ class EvalResults:
 
         samples/ARM.TASK.jsonl, differing/ARM.TASK.jsonl (with how close each answer was), documents/ARM.json.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "eval.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        (folder / "eval.md").write_text(self.to_markdown())
+        write_text(folder / "eval.json", json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(folder / "eval.md", self.to_markdown())
         for name, scores in self.perplexity.items():
-            _write(folder / "documents" / f"{_file_name(name)}.json", json.dumps(scores.to_json()))
+            write_text(folder / "documents" / f"{_file_name(name)}.json", json.dumps(scores.to_json()))
         reference = next(iter(self.tasks.values()), {})
         for name, tasks in self.tasks.items():
             for task, result in tasks.items():
                 place = f"{_file_name(name)}.{task}.jsonl"
-                _write(folder / "samples" / place, _lines(result.samples))
+                write_text(folder / "samples" / place, _lines(result.samples))
                 if tasks is not reference:
-                    _write(folder / "differing" / place, _lines(answer_gaps(reference[task], result)))
+                    write_text(folder / "differing" / place, _lines(answer_gaps(reference[task], result)))
 
 
 def evaluate_arms(
@@ -159,8 +161,3 @@ def _file_name(name: str) -> str:
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, default=str) + "\n" for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)

@@ -58,15 +58,22 @@ def claim(folder: Path, run: str, names: Iterable[str]) -> None:
     Raises:
         InputError: one of them is there already, and no command of ours wrote it.
     """
-    make_folder(folder)
     named = list(names)
-    own = set(own_files(folder))
-    if found := [name for name in named if name not in own and os.path.lexists(folder / name)]:
-        raise InputError(f"{folder} holds {some(found)}, which would be replaced, and aqtx did not write it")
+    refuse_claim(folder, named)
+    make_folder(folder)
     if is_marked(folder):
         add_names(folder, named)
     else:
         mark(folder, run, named)
+
+
+def refuse_claim(folder: Path, names: Iterable[str]) -> None:
+    """InputError where a file of these names is in a folder, and no command of ours wrote it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the folder {folder} cannot be made: it is a file")
+    own = set(own_files(folder))
+    if found := [name for name in names if name not in own and os.path.lexists(folder / name)]:
+        raise InputError(f"{folder} holds {some(found)}, which would be replaced, and aqtx did not write it")
 
 
 def _read(folder: Path) -> tuple[str, list[str]] | None:

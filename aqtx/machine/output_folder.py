@@ -143,6 +143,12 @@ def output_and_partial(output: Path) -> tuple[Path, Path]:
     return own, own.with_name(own.name + ".partial")
 
 
+def output_beside(output: str | None, command: str) -> Path:
+    """`OUTPUT.plan` of a recipe's output: where a command that is no run writes."""
+    own = Path("out", command) if output is None else _own_name(Path(output))
+    return own.with_name(f"{own.name}.{command}")
+
+
 def _own_name(output: Path) -> Path:
     """The output with links resolved, if it can have a folder of its own.
 

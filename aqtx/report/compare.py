@@ -1,19 +1,19 @@
 """Several runs on one page: an overview of what differs, then every section with the runs side by side."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from aqtx.errors import InputError
-from aqtx.machine.files import make_folder
+from aqtx.errors import InputError, malformed
+from aqtx.machine.command_output import made_folder
+from aqtx.machine.files import write_text
 from aqtx.report import html
 from aqtx.report.canvas import PALETTE, panels, save_figure
 from aqtx.report.data import RunData, read_run
 from aqtx.report.numbers import decimal, duration, interval, is_number, megabytes
-from aqtx.report.parts import PARTS, build_part
+from aqtx.report.parts import PARTS, Part, build_part
 
 PAGE = "compare.html"
 
@@ -45,22 +45,23 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
         raise InputError("a comparison needs two runs or more")
     runs = dict[str, RunData]()
     for directory in directories:
-        run = read_run(Path(directory))
+        with malformed(f"{directory}: what it holds cannot be read"):
+            run = read_run(Path(directory))
         names = (run.name, *(f"{run.name}-{count}" for count in range(2, len(directories) + 1)))
         runs[next(name for name in names if name not in runs)] = run
-    folder, page = Path(output), Path(output) / PAGE
-    if folder.exists() and not page.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} is there already and holds no {PAGE}; choose another folder for the page")
-    make_folder(folder)
-    page.touch()  # the mark that the folder is ours
-    figures = folder / "figures"
-    shutil.rmtree(figures, ignore_errors=True)
-    sections = [html.Section("overview", "Overview", _overview(runs, figures))]
-    for part in PARTS:
-        columns = {name: build_part(part, run, figures / str(index)) for index, (name, run) in enumerate(runs.items())}
-        sections.append(html.Section(part.anchor, part.title, html.side_by_side(columns)))
-    page.write_text(html.page(" · ".join(runs), f"{len(runs)} runs side by side", sections), encoding="utf-8")
-    return page
+    with made_folder(Path(output), "compare", [PAGE, "figures/*.png"]) as folder:
+        figures = folder / "figures"
+        with malformed("no comparison can be made of these runs"):
+            sections = [html.Section("overview", "Overview", _overview(runs, figures))]
+            sections += [_side_by_side(part, runs, figures) for part in PARTS]
+            page = html.page(" · ".join(runs), f"{len(runs)} runs side by side", sections)
+        write_text(folder / PAGE, page)
+    return Path(output) / PAGE
+
+
+def _side_by_side(part: Part, runs: dict[str, RunData], figures: Path) -> html.Section:
+    columns = {name: build_part(part, run, figures / str(index)) for index, (name, run) in enumerate(runs.items())}
+    return html.Section(part.anchor, part.title, html.side_by_side(columns))
 
 
 def _overview(runs: dict[str, RunData], figures: Path) -> str:

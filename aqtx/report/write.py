@@ -5,7 +5,8 @@ from pathlib import Path
 
 from aqtx.errors import malformed
 from aqtx.machine.files import write_bytes, write_text
-from aqtx.machine.marker import claim
+from aqtx.machine.lock import OutputLock
+from aqtx.machine.marker import claim, refuse_claim
 from aqtx.report import html
 from aqtx.report.data import RunData, read_run
 from aqtx.report.parts import PARTS, build_part
@@ -23,8 +24,16 @@ def write_report(directory: str | Path) -> Path:
         InputError: the data is nothing that a run writes, or files of the page's names are there that aqtx did not
             write; nothing has changed then.
     """
-    folder = Path(directory)
+    folder, lock = Path(directory), OutputLock(Path(directory).resolve())
+    try:
+        return _write(folder)
+    finally:
+        lock.release()
+
+
+def _write(folder: Path) -> Path:
     names = [f"figures/{stem}.png" for part in PARTS for stem in part.figures]
+    refuse_claim(folder, [PAGE, *names])
     with tempfile.TemporaryDirectory() as made:
         with malformed(f"{folder}: no report can be made of what it holds"):
             data = read_run(folder)

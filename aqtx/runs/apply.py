@@ -19,7 +19,7 @@ from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window
 from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.files import read_json, read_record, write_record, write_text
-from aqtx.machine.marker import add_names
+from aqtx.machine.marker import add_names, claim, run_of
 from aqtx.machine.memory import peak_bytes, room_for_work
 from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.machine.ranks import ALONE, Ranks
@@ -275,7 +275,7 @@ def write_tables(program: Program, passes: Sequence[Pass], folder: Path) -> None
     """Write the tables that passes make of a program; of two with one name the later pass's stays."""
     for step in passes:
         for name, text in step.tables(program).items():
-            add_names(folder, [name])
+            claim(folder, run_of(folder), [name])
             write_text(folder / name, text)
 
 

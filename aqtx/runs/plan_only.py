@@ -9,8 +9,10 @@ import torch
 
 from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
+from aqtx.machine.command_output import kept_folder
 from aqtx.machine.files import write_text
 from aqtx.machine.marker import claim
+from aqtx.machine.output_folder import output_beside
 from aqtx.planning.settings import Settings
 from aqtx.program.plan import Plan, PlanEntry
 from aqtx.program.program import Program
@@ -22,6 +24,7 @@ from aqtx.runs.pipeline import Run
 from aqtx.runs.recipe import Recipe
 
 _GAUSSIAN_ROWS = 128
+TABLES = ("alpha.csv", "alpha_after.csv")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
     With `config_only` no weight is read: every matrix counts as Gaussian and equally sensitive, so
     that the plan's bytes and bits can be told for a model whose weights are elsewhere.
     """
+    with kept_folder(output_beside(recipe.output, "plan"), ["plan.json", *TABLES]) as directory:
+        return _plan(recipe, directory, config_only=config_only, quiet=quiet)
+
+
+def _plan(recipe: Recipe, directory: Path, *, config_only: bool, quiet: bool) -> Planned:
     program = program_of(recipe, config_only=config_only)
     passes: list[Pass] = [step for step in recipe.passes if step.stage in ("annotate", "plan")]
     if not any(step.stage == "plan" for step in passes):
@@ -49,8 +57,6 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
         assume_gaussian(program, [fmt for step in passes if isinstance(step, Settings) for fmt in step.formats])
     Run(program, recipe_context(recipe, program, quiet=quiet)).execute(passes)
     assert program.plan is not None
-    output = Path(recipe.output or "out/plan")
-    directory = output.with_name(output.name + ".plan")
     claim(directory, "plan", ["plan.json"])
     write_text(directory / "plan.json", json.dumps(program.plan.to_json(), indent=1) + "\n")
     write_tables(program, recipe.passes, directory)

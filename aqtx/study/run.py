@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +13,10 @@ from aqtx.errors import InputError
 from aqtx.evaluate.divergence import evaluate_divergence
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity, window_of
 from aqtx.evaluate.spec import EvaluateSpec
+from aqtx.machine.command_output import kept_folder
+from aqtx.machine.files import read_record, write_record, write_text
+from aqtx.machine.marker import claim
+from aqtx.machine.output_folder import output_beside
 from aqtx.planning.arms import Arm, StudySpec
 from aqtx.planning.options import unmet
 from aqtx.planning.settings import Settings
@@ -19,7 +24,7 @@ from aqtx.program.accounting import kept_bytes
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 from aqtx.registry import Calibration, Context, Pass, annotator
-from aqtx.runs.fingerprint import source_hashes
+from aqtx.runs.fingerprint import code_hash, ids_hash, source_hashes
 from aqtx.runs.opening import folder_of, program_of, recipe_context, start_tokens
 from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import Recipe
@@ -31,6 +36,10 @@ from aqtx.study.plans import plan_arm
 from aqtx.study.quick import Quick, quick_verdict
 from aqtx.study.verdict import Point, study_json, study_markdown
 from aqtx.text.tokens import Document, evaluation, load_tokenizer
+
+_FILES = ("study.json", "study.md")
+
+_FILES = ("study.json", "study.md")
 
 
 @dataclass
@@ -67,8 +76,9 @@ class Study:
             "seconds": self.seconds,
             "settings": self.recipe.resolved(),
         }
-        (self.directory / "study.json").write_text(json.dumps(data, indent=1) + "\n")
-        (self.directory / "study.md").write_text(study_markdown(data))
+        claim(self.directory, "study", _FILES)
+        write_text(self.directory / "study.json", json.dumps(data, indent=1) + "\n")
+        write_text(self.directory / "study.md", study_markdown(data))
         return data
 
     @cached_property
@@ -83,11 +93,12 @@ class Study:
 
     @cached_property
     def _fingerprint(self) -> list[Any]:
-        """What scores depend on beside the plan: the model's files and how the text is cut."""
+        """What scores depend on beside the plan: the model's files, the text and how it is cut, our own code."""
         folder = self.program.folder
         evaluate = None if self.recipe.evaluate is None else plain(self.recipe.evaluate)
-        text = [len(document.ids) for document in self.documents]
-        return [{} if folder is None else source_hashes(folder), text, evaluate, str(self.program.dtype)]
+        text = ids_hash(document.ids for document in self.documents)
+        source = {} if folder is None else source_hashes(folder)
+        return [source, text, evaluate, str(self.program.dtype), code_hash()]
 
     def _point(self, model: RoundedModel, arm: Arm) -> Point:
         plan, details = plan_arm(self.program, arm, self._planning)
@@ -126,11 +137,11 @@ class Study:
     ) -> DocumentScores:
         told = json.dumps([formats, self._fingerprint], sort_keys=True)
         file = self.directory / "scores" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
-        if file.exists():
-            return DocumentScores.from_json(json.loads(file.read_text()))
+        with suppress(InputError):  # torn, damaged or of an older version: scored again
+            return DocumentScores.from_json(read_record(file))
+        claim(self.directory, "study", [*_FILES, file.relative_to(self.directory).as_posix()])
         scores = measure()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(scores.to_json()))
+        write_record(file, scores.to_json())
         return scores
 
 
@@ -159,13 +170,22 @@ def study_recipe(
 
     `tell` is given a quick verdict on alpha before the long part begins.
     """
-    if problems := _problems(recipe, spec, program := program_of(recipe)):
-        raise InputError(*problems)
+    with kept_folder(output_beside(recipe.output, "study"), _FILES) as directory:
+        if problems := _problems(recipe, spec, program := program_of(recipe)):
+            raise InputError(*problems)
+        context = recipe_context(recipe, program, quiet=quiet)
+        return _study(recipe, spec, directory, program, context, tell), directory
+
+
+def _study(
+    recipe: Recipe,
+    spec: StudySpec,
+    directory: Path,
+    program: Program,
+    context: Context,
+    tell: Callable[[Quick], None],
+) -> dict[str, Any]:
     folder = folder_of(program)
-    directory = Path(recipe.output or "out/study")
-    directory = directory.with_name(directory.name + ".study")
-    directory.mkdir(parents=True, exist_ok=True)
-    context = recipe_context(recipe, program, quiet=quiet)
     Run(program, context).execute(_annotations(recipe.passes))
     tell(quick := quick_verdict(program, _settings(recipe), context, start_tokens(program)))
     evaluate = recipe.evaluate or EvaluateSpec(perplexity="builtin")
@@ -176,7 +196,7 @@ def study_recipe(
         max_document=spec.max_document,
     )
     study = Study(recipe, spec, directory, program, context, documents, quick=quick)
-    return study.run(), directory
+    return study.run()
 
 
 def quick_recipe(recipe: Recipe, *, quiet: bool = False) -> Quick:

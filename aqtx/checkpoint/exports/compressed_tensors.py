@@ -183,7 +183,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
 def write(job: Job) -> list[str]:
     """The folder, and a sentence for inputs whose rounding has no form."""
     program, activations, sites = job.program, job.activations(), job.sites
-    job.output.mkdir(parents=True)
+    job.output.mkdir(parents=True, exist_ok=True)
     write_shards(tensors(job), job.output)
     config = {key: value for key, value in program.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(program.dtype).removeprefix("torch.")

@@ -31,7 +31,7 @@ def form(fmt: Format, num_columns: int) -> str:
 def write(job: Job) -> list[str]:
     """A folder with every weight dequantized and rounded once to the job's dtype."""
     program = job.program
-    job.output.mkdir(parents=True)
+    job.output.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in program.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     if supported(config):

@@ -1,6 +1,5 @@
 """One export from beginning to end: refuse, write under a temporary name, verify, rename."""
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,15 @@ from aqtx.checkpoint.exports.nearest_form import nearest_form
 from aqtx.checkpoint.exports.table import TARGETS
 from aqtx.checkpoint.exports.target import Client, Job, Target, captured
 from aqtx.checkpoint.open import open_program
+from aqtx.checkpoint.write import MODEL_FILES
 from aqtx.errors import InputError, nearest
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.table import NVFP4_SCALE, Format, parse
-from aqtx.machine.files import make_folder
+from aqtx.machine.command_output import made_file, made_folder
 from aqtx.program.edits import QuantizeActivation, by_weight, in_force
 from aqtx.program.program import Program
 
+_FILES = (*MODEL_FILES, "generation_config.json", "model.safetensors", "model-*.safetensors")
 _TOLD = 3  # problems of one kind that are told one by one
 
 
@@ -58,23 +59,16 @@ def export(
         raise InputError(f"no export {to!r}{nearest(to, TARGETS)} (known: {', '.join(TARGETS)})")
     target = TARGETS[to]
     place = Path(output) if output is not None else _beside(source, target)
-    _check_place(place, target)
-    program = open_program(source, None, check_files=True)
-    staged = place.with_name(place.name + ".partial")
-    job = Job(program, staged, _formats(program), Path(source).name, template, dtype)
-    clients, notes = check(job, target)
-    make_folder(place.parent)
-    _remove(staged)
-    try:
+    with (
+        made_file(place, "export") if target.is_file else made_folder(place, "export", _FILES, replace=False) as staged
+    ):
+        program = open_program(source, None, check_files=True)
+        job = Job(program, staged, _formats(program), Path(source).name, template, dtype)
+        clients, notes = check(job, target)
         notes += target.write(job)
         checked = target.verify(job) if verify else None
         if checked is not None and checked.problems:
             raise InputError(*_first(checked.problems, "what was written is not what was meant: "))
-        if place.is_dir():
-            place.rmdir()
-        staged.rename(place)
-    finally:
-        _remove(staged)
     files = [place] if place.is_file() else list(place.glob("*.safetensors"))
     return Exported(
         path=place, bytes=sum(file.stat().st_size for file in files), clients=clients, notes=notes, checked=checked
@@ -196,25 +190,7 @@ def _beside(source: str | Path, target: Target) -> Path:
     return own.with_name(f"{own.name}{target.suffix}")
 
 
-def _check_place(place: Path, target: Target) -> None:
-    """Refuse what would be overwritten."""
-    if target.is_file and place.exists():
-        raise InputError(f"{place} exists; name another file")
-    if not target.is_file:
-        if place.is_file():
-            raise InputError(f"the folder {place} cannot be made: it is a file")
-        if place.is_dir() and any(place.iterdir()):
-            raise InputError(f"{place}: the folder is not empty; name another one")
-
-
 def _first(problems: Iterable[str], before: str = "") -> list[str]:
     told = list(problems)
     more = [f"and {len(told) - _TOLD} more of the kind"] if len(told) > _TOLD else []
     return [f"{before}{problem}" for problem in told[:_TOLD]] + more
-
-
-def _remove(staged: Path) -> None:
-    if staged.is_dir():
-        shutil.rmtree(staged)
-    else:
-        staged.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def _tensors(job: Job, metadata: dict[str, str]) -> Iterator[tuple[str, Tensor]]
 
 def write(job: Job) -> list[str]:
     """A folder of shards, whose headers tell of all tensors."""
-    job.output.mkdir(parents=True)
+    job.output.mkdir(parents=True, exist_ok=True)
     metadata: dict[str, str] = {}
     write_shards(_tensors(job, metadata), job.output, metadata)
     config = {key: value for key, value in job.program.config.items() if key != "quantization_config"}
