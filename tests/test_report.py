@@ -241,7 +241,7 @@ def test_runs_stand_side_by_side_with_what_differs(run_folder, tmp_path, monkeyp
     assert "<td>seed</td>" not in page
     with pytest.raises(InputError, match="two runs"):
         write_comparison([run_folder], tmp_path)
-    with pytest.raises(InputError, match=r"holds no compare\.html"):
+    with pytest.raises(InputError, match=r"`aqtx compare` did not write"):
         write_comparison([run_folder, other], other)
     assert (other / "report.json").exists()
     write_comparison([run_folder, other], tmp_path / "page")  # a page is replaced

@@ -14,6 +14,10 @@ from aqtx.machine.files import read_json, sha256
 CHECKSUMS = "checksums.json"
 LAYOUT_VERSION = 1
 DIGEST = "sha256"  # key of `quantization_config`
+# transformers reads weights from the file that this key of config.json names. Without our quantizer it would pass over
+# the codes and fill the model at random; with this it fails, and shows why.
+UNAWARE = "transformers_weights"
+WHY = "quantized by aqtx; `import aqtx` before loading"
 _REBUILT = ("report.html", "figures/")  # by `aqtx report`, at any time
 _METHOD = "aqtx"
 
@@ -72,6 +76,13 @@ def read_quantization(config: Mapping[str, Any], folder: Path) -> tuple[dict[str
     if not isinstance(edits, list):
         raise InputError(f"{where}: edits must be a list")
     return formats, edits
+
+
+def check_named_weights(config: dict[str, Any], folder: Path) -> None:
+    """Take the key off by which an unaware loader fails; InputError where it names a file that we would not read."""
+    named = config.pop(UNAWARE, None)
+    if named not in (None, WHY, "model.safetensors", "model.safetensors.index.json"):
+        raise InputError(f"{folder / 'config.json'}: {UNAWARE} {named!r:.80} is not supported; rename the file")
 
 
 def check_version(quantization: Mapping[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aqtx.checkpoint.checks import read_quantization, verify
+from aqtx.checkpoint.checks import check_named_weights, read_quantization, verify
 from aqtx.checkpoint.exports.gguf_source import GgufSource
 from aqtx.checkpoint.huggingface.open import foreign_source, fused_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
@@ -77,6 +77,7 @@ def open_program(
         return _open_gguf(Path(source), dtype)
     folder = locate(source)
     config = load_config(folder)
+    check_named_weights(config, folder)
     packing_of(config, folder)
     formats, edits = read_quantization(config, folder)
     if check_files:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aqtx.checkpoint.checks import CHECKSUMS, DIGEST, LAYOUT_VERSION, digest_of
+from aqtx.checkpoint.checks import CHECKSUMS, DIGEST, LAYOUT_VERSION, UNAWARE, WHY, digest_of
 from aqtx.checkpoint.locate import inside
 from aqtx.checkpoint.reader import INDEX
 from aqtx.checkpoint.shards import write_shards
@@ -108,6 +108,7 @@ def config_of(program: Program, formats: dict[str, str]) -> dict[str, Any]:
             "edits": [edit.to_json() for edit in program.edits],
         }
         config["quantization_config"] = {**told, DIGEST: digest_of(told)}
+        config[UNAWARE] = WHY
     return config
 
 

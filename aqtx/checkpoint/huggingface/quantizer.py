@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aqtx.checkpoint.checks import DIGEST, check_version
+from aqtx.checkpoint.checks import DIGEST, UNAWARE, WHY, check_version
 from aqtx.checkpoint.huggingface import experts
 from aqtx.checkpoint.huggingface.inputs import InputOps
 from aqtx.checkpoint.huggingface.names import from_disk, to_disk
@@ -64,6 +64,14 @@ class AqtxQuantizer(HfQuantizer):
         """Whether `torch.compile` runs the loaded model: yes."""
         return True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The config before files are looked for: whoever comes here knows how to read ours."""
+        if getattr(config, UNAWARE, None) == WHY:
+            delattr(config, UNAWARE)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what transformers 5.23 asks with a config
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Take out what is stored as codes, so that transformers neither allocates nor looks for it."""
         self.kind = model.config.model_type
@@ -78,15 +86,15 @@ class AqtxQuantizer(HfQuantizer):
                 if experts.is_fused_experts(module):
                     parts = experts.projections(module)
                     experts.take_out(module)
-                    module._is_hf_initialized = True
+                    for part in ("gate_up_proj", *parts):
+                        _set_aside(module, part)
                     self.shapes.update(
                         {self._disk(f"{name}.{part}"): tuple(value.shape) for part, value in parts.items()}
                     )
         for site in self.quantization_config.formats.keys() - set(stacked):
             module = _module(model, from_disk(self.kind, site))
             self.shapes[f"{site}.weight"] = tuple(module.weight.shape)
-            module._parameters["weight"] = None
-            module._is_hf_initialized = True
+            _set_aside(module, "weight")
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = known | {rf"\.({'|'.join(PARTS)})$", r"\.experts\.\d+\."}
 
@@ -103,8 +111,10 @@ class AqtxQuantizer(HfQuantizer):
         device = next(model.parameters()).device
         for name in self.shapes:
             owner, _, leaf = from_disk(self.kind, name).rpartition(".")
-            value = source.parameter(name).to(device)
-            model.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            value, module = source.parameter(name).to(device), model.get_submodule(owner)
+            for blank in ("gate_up_proj", leaf):
+                module.__dict__.pop(blank, None)
+            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
         edits: dict[str, list[Edit]] = {}
         for edit in map(edit_from_json, self.quantization_config.edits):
             edits.setdefault(from_disk(self.kind, edit.weight), []).append(edit)
@@ -114,6 +124,17 @@ class AqtxQuantizer(HfQuantizer):
 
     def _disk(self, name: str) -> str:
         return to_disk(self.kind, name)
+
+
+def _set_aside(module: nn.Module, name: str) -> None:
+    """In place of a parameter something empty, which loading does not see and initialization passes over.
+
+    Some modules initialize the weights of others (a router its `gate.weight`) and would stumble over None.
+    """
+    blank = torch.empty(0)
+    blank._is_hf_initialized = module._is_hf_initialized = True  # type: ignore[attr-defined, assignment]
+    module._parameters.pop(name, None)
+    module.__dict__[name] = blank
 
 
 def put_before(model: nn.Module, weight: str, ops: InputOps) -> None:
