@@ -87,6 +87,13 @@ class Model:
         self.lib.llama_free(context)
         return made
 
+    def continue_greedily(self, ids: list[int], count: int) -> list[int]:
+        """The likeliest next tokens, each from the logits of the whole text so far."""
+        made: list[int] = []
+        for _ in range(count):
+            made.append(int(self.logits([*ids, *made])[-1].argmax()))
+        return made
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, without special tokens before or behind it."""
         data = text.encode()

@@ -14,7 +14,14 @@ from gguf.quants import quantize as as_type
 from torch import Tensor
 
 from aqtx.checkpoint.exports.compare import Checked, compare
-from aqtx.checkpoint.exports.gguf_metadata import add_metadata, config_problems, copy_metadata, family_of, names_of
+from aqtx.checkpoint.exports.gguf_metadata import (
+    add_metadata,
+    config_problems,
+    copy_metadata,
+    family_of,
+    names_of,
+    template_problems,
+)
 from aqtx.checkpoint.exports.gguf_reader import GgufReader, rows_in_order
 from aqtx.checkpoint.exports.gguf_tokenizer import tokenizer_problems
 from aqtx.checkpoint.exports.gguf_types import Bytes, Encoded, encode, kind_of, too_large
@@ -56,9 +63,7 @@ def bits(fmt: Format, num_columns: int) -> float:
 def check(job: Job) -> list[str]:
     """What llama.cpp would not compute or could not be told."""
     if job.template is not None:
-        if not job.template.is_file():
-            return [f"the template {job.template} is no file"]
-        return [] if job.program.config.get("num_hidden_layers") else ["config.json has no num_hidden_layers"]
+        return template_problems(job.program.config, job.template)
     return [*config_problems(job.program.config), *tokenizer_problems(job.program.folder)]
 
 

@@ -84,6 +84,36 @@ def family_of(config: Mapping[str, Any], template: Path | None) -> Family:
     return Family(arch=arch, permuted=any(row.permuted for row in FAMILIES.values() if row.arch == arch))
 
 
+_OF_TEMPLATES = {"block_count": "num_hidden_layers", "embedding_length": "hidden_size"}
+
+
+def template_problems(config: Mapping[str, Any], template: Path) -> list[str]:
+    """Why metadata of another file do not go with a model, in sentences.
+
+    Some architectures are stored otherwise than their checkpoints (Gemma's norms plus one), so only those of the rows
+    are taken, whatever the model calls itself.
+    """
+    if not template.is_file():
+        return [f"the template {template} is no file"]
+    try:
+        fields = GGUFReader(template).fields
+        arch = str(fields["general.architecture"].contents())
+    except (ValueError, OSError, KeyError) as error:
+        return [f"the template {template} is no GGUF file: {error}"]
+    known = sorted({row.arch for row in FAMILIES.values()})
+    if arch not in known:
+        told = ", ".join(known)
+        return [f"the template's architecture {arch} may be stored otherwise than its checkpoints; known are {told}"]
+    found = {key: fields.get(f"{arch}.{key}") for key in _OF_TEMPLATES}
+    counts = {key: field.contents() for key, field in found.items() if field is not None}
+    problems = [
+        f"the template has {key} {value}, and config.json has {_OF_TEMPLATES[key]} {config.get(_OF_TEMPLATES[key])}"
+        for key, value in counts.items()
+        if value != config.get(_OF_TEMPLATES[key])
+    ]
+    return [*problems, *(config_problems(config) if config.get("model_type") in FAMILIES else [])]
+
+
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Why llama.cpp would not compute this model, in sentences."""
     kind = config.get("model_type")
