@@ -10,6 +10,7 @@ An arm plans from one source and rounds by GPTQ on one:
     own frequency  the same, its first tokens drawn by how often the model itself writes them
     own + text     plan from the model's own text, GPTQ on the shipped text
     random tokens  both from tokens drawn uniformly
+    prior          by role and depth as the plan of `text` has them: what a perfect relative would know
     alpha, alphaq, uniform, random 0 and 1     GPTQ on the model's own text, as in `own`
 
 All arms have equal bytes. The divergence is KL from the unrounded model's predictions on held-out text; the loss is
@@ -37,6 +38,7 @@ from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
 from aqtx.planning.arms import StudySpec
+from aqtx.planning.decide import decide
 from aqtx.registry import Context
 from aqtx.runs.pipeline import Run
 from aqtx.study.plans import plan_arm
@@ -56,6 +58,7 @@ ARMS = {
     "uniform": ("uniform", "own"),
     "alpha": ("alpha", "own"),
     "alphaq": ("alphaq", "own"),
+    "prior": ("prior", "own"),
     **{f"random {seed}": (f"random {seed}", "own") for seed in range(2)},
 }
 
@@ -95,6 +98,8 @@ class Bench:
         by_fisher = kind in SOURCES
         ids = torch.tensor(self.read(f"text {kind}")["ids"]) if by_fisher else None
         context = Context(quiet=True, load_calibration=None if ids is None else lambda: ids)
+        if kind == "prior":
+            return {f"{bits:g}": self._prior(bits) for bits in self.bits}
         if not by_fisher:
             AnnotateAlpha().run(program, context)
         settings = AssignPlan(
@@ -108,6 +113,12 @@ class Bench:
         )
         arms = [arm for arm in spec.arms(settings) if by_fisher or arm.seed == int(seed or 0)]
         return {f"{arm.bits:g}": plan_arm(program, arm, context)[0].to_json() for arm in arms}
+
+    def _prior(self, bits: float) -> Found:
+        """The plan that follows the profile of the plan from text."""
+        told = self.read("plans text")[f"{bits:g}"]
+        settings = AssignPlan(method="prior", prior=told, candidates=CANDIDATES, average_bits=bits)
+        return decide(aqtx.trace(self.model), settings, Context(quiet=True)).plan.to_json()
 
     def score(self, plan: str | None, source: str = "", bits: float = 0.0) -> Found:
         """Losses and divergences of each document under a plan that GPTQ carries out; without one, of the model."""
@@ -138,6 +149,8 @@ class Bench:
         plans = dict.fromkeys(ARMS[arm][0] for arm in arms)
         sources = dict.fromkeys([*(plan for plan in plans if plan in SOURCES), *(ARMS[arm][1] for arm in arms)])
         found: dict[str, Callable[[], Found]] = {f"text {source}": partial(self.text, source) for source in sources}
+        if "prior" in plans:
+            plans = dict.fromkeys(["text", *plans])
         found |= {f"plans {plan}": partial(self.plans, plan) for plan in plans}
         found["model"] = partial(self.score, None)
         for bits in self.bits:

@@ -46,6 +46,7 @@ class Method:
             format are there already.
         cost: (sites, formats, own, seed) -> [sites, formats], from what the sites are annotated with.
         domains: (sites, formats, own) -> domain of the text -> costs of it alone, empty where there is one only.
+        problems: (sites, own) -> what does not fit the sites to plan, as sentences; reads no weight.
         choose: (options, own, budget in bytes) -> a format index per site; the budget holds with pins and limits.
         budget: whether it must be given one, may be, or derives the size from its own keys.
         nominal: the budget counts every matrix once, at the bits of its elements.
@@ -67,6 +68,7 @@ class Method:
     measure: Measure | None = None
     cost: Cost | None = None
     domains: Domains | None = None
+    problems: Callable[[Sequence[Site], Own], list[str]] | None = None
     choose: Choose | None = None
     budget: Literal["required", "optional", "own"] = "required"
     nominal: bool = False

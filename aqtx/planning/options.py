@@ -1,6 +1,6 @@
 """What may be decided: the sites, the formats each may take, their bytes, and the limit on the bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from aqtx.errors import InputError, problems_of
 from aqtx.formats.table import Format, parse
 from aqtx.numerics.allocate import least_size
 from aqtx.planning.groups import group_numbers
+from aqtx.planning.method import Method
 from aqtx.planning.question import Options
 from aqtx.planning.settings import Settings
 from aqtx.planning.target import bits, forbidden, fused_by, half_kept, why_not
@@ -195,6 +196,7 @@ def unmet(program: Program, settings: Settings) -> list[str]:
         return problems
     options = found[0]
     problems = problems_of(lambda: limit(program, options, settings))
+    problems += [problem for row in settings.rows for problem in _of_method(row, options.sites, settings)]
     most = largest_size(options) * 8 / options.weights
     if settings.average_bits is not None and settings.average_bits > most * (1 + 1e-9):
         problems.append(
@@ -202,6 +204,16 @@ def unmet(program: Program, settings: Settings) -> list[str]:
             f"(of {', '.join(fmt.name for fmt in options.formats)})"
         )
     return problems
+
+
+def _of_method(row: Method, sites: list[Site], settings: Settings) -> list[str]:
+    """What a method says against the sites."""
+    if row.problems is None:
+        return []
+    try:
+        return row.problems(sites, replace(settings, method=row.name).own)
+    except InputError as error:
+        return error.problems
 
 
 def _options_unmeasured(program: Program, settings: Settings) -> Options:

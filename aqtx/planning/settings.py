@@ -19,7 +19,13 @@ _OF_TARGETS = {
     "transformers": ("int",),
     "llama.cpp": ("k", "int4_g32", "int5_g32", "int8_g32"),
 }
-_TOLD_APART = ("average_bits", "budget_bytes", "plan", "groups")  # given in vain, they are problems of their own
+_TOLD_APART = (
+    "average_bits",
+    "budget_bytes",
+    "plan",
+    "prior",
+    "groups",
+)  # given in vain, they are problems of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class Settings:
         base: of `search`: the method that plans each candidate.
         perplexity_ceiling: of `search`: the highest perplexity on calibration text, as a multiple of the model's own.
         search_steps: of `search`: models to evaluate.
+        prior: of `prior`: plan.json of a smaller relative of the model, made by `fisher`, or a folder that holds one.
         plan: of `manual`: a JSON file or its content.
     """
 
@@ -103,6 +110,7 @@ class Settings:
     base: Annotated[str, OneOf(lambda: [name for name, row in METHODS.items() if row.base and row.cost])] = "alpha"
     perplexity_ceiling: float = 1.05
     search_steps: int = 6
+    prior: str | dict[str, Any] | None = None
     plan: str | dict[str, Any] | None = None
 
     @property
@@ -217,6 +225,8 @@ class Settings:
             yield "method threshold needs alpha_threshold."
         if ("plan" in self.row.options) != (self.plan is not None):
             yield "plan, a JSON file or its content, goes with method manual and only with it."
+        if any("prior" in row.options for row in self.rows) != (self.prior is not None):
+            yield "prior, the plan of a relative, goes with method prior and only with it."
         if self.rotate == "auto" and "rotate" not in self.row.keys:
             yield f"rotate auto goes with methods that decide; for {self.method} name the sites to insert_hadamard."
         if self.objective != "mean" and self.row.domains is None:
