@@ -90,7 +90,7 @@ def test_a_name_is_taken_once(name_length: Method) -> None:
 
 def test_rows_say_what_there_is() -> None:
     fields = set(Settings.__dataclass_fields__)
-    assert len(METHODS) == 16 and all(row.name == name and row.summary for name, row in METHODS.items())
+    assert len(METHODS) == 17 and all(row.name == name and row.summary for name, row in METHODS.items())
     assert {name: row.keys - fields for name, row in METHODS.items() if row.keys - fields} == {}
     assert {name for row in METHODS.values() for name in row.needs} <= set(ANNOTATIONS)
     unread = fields - {key for row in METHODS.values() for key in row.keys}
