@@ -30,7 +30,5 @@ register(
         options=("prior",),
         cost=cost,
         problems=problems,
-        arms={"prior": {}},
-        slow_arms=("prior",),  # it needs a plan
     )
 )
