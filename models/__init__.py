@@ -34,6 +34,9 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "smollm3": ("llama", "Llama"),
 }
 
+# Rotations that are refused, since something nonlinear stands in their way.
+UNROTATED: dict[str, tuple[str, ...]] = {"gemma3_text": ("residual",)}  # norms behind attention and feed-forward
+
 
 def supported(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of an architecture implemented here."""

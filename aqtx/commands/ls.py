@@ -95,11 +95,11 @@ def list_formats() -> str:
 
 
 def list_models() -> str:
-    """The shipped checkpoints, then the architectures by their model_type in config.json."""
+    """The shipped checkpoints, then the families by their model_type in config.json and what works for each."""
     from aqtx.checkpoint.locate import shipped
-    from aqtx.models import MODEL_TYPES
+    from aqtx.commands.families import text_table
 
-    return f"shipped: {', '.join(shipped())}\narchitectures (model_type in config.json): {', '.join(MODEL_TYPES)}"
+    return f"shipped: {', '.join(shipped())}\n\n{text_table()}"
 
 
 def list_methods() -> str:

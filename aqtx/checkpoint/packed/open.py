@@ -41,6 +41,11 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     return section
 
 
+def packings(model_type: str | None) -> tuple[str, ...]:
+    """Names of what a family's packed weights may be; None stands for one that is only traced."""
+    return ("fp8", "compressed-tensors", *(("mxfp4",) if model_type == "gpt_oss" else ()))
+
+
 def _refusal(where: str, method: Any) -> str:
     told = f"{where}: the checkpoint is quantized already, by {method!r:.80}, which aqtx does not read"
     return f"{told} (it reads {_READ}); give the model that it was made from"
