@@ -25,10 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the prompt, then each piece of text as soon as its tokens are there."""
     import torch
 
+    from aqtx.checkpoint.huggingface.generate import generator_of
     from aqtx.checkpoint.open import open_program
     from aqtx.errors import InputError
     from aqtx.machine.devices import device_of
-    from aqtx.program.generate import Generator, Sampling
+    from aqtx.program.generate import Sampling
     from aqtx.text.tokens import load_tokenizer, prompt_ids
 
     if arguments.max_new_tokens < 1:
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.model} has no folder with a tokenizer")
     tokenizer = load_tokenizer(program.folder)
     prompt = prompt_ids(tokenizer, arguments.prompt, chat=arguments.chat)
-    generator, written = Generator(program), ""
+    generator, written = generator_of(program), ""
     if not arguments.chat:
         print(arguments.prompt, end="", flush=True)
     ends = program.config.get("eos_token_id")

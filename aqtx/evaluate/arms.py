@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aqtx.blockwise.block_scores import BlockScorer
+from aqtx.checkpoint.huggingface.generate import generator_of
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import DocumentScores, Progress, evaluate_perplexity, window_of
 from aqtx.evaluate.spec import EvaluateSpec
@@ -14,7 +15,7 @@ from aqtx.evaluate.statistics import paired_change, perplexity_interval
 from aqtx.evaluate.tasks import answer_gaps, compare_tasks, run_tasks
 from aqtx.machine.files import write_text
 from aqtx.machine.memory import room_for_work
-from aqtx.program.generate import Generator
+from aqtx.program.generate import Continues
 from aqtx.program.program import Program
 from aqtx.report.numbers import interval
 from aqtx.text.tokens import evaluation, load_tokenizer
@@ -144,7 +145,7 @@ def run_program_tasks(program: Program, spec: EvaluateSpec, scorer: BlockScorer)
     )
 
 
-def _generator(program: Program, scorer: BlockScorer) -> Generator:
+def _generator(program: Program, scorer: BlockScorer) -> Continues:
     """For tasks that generate: the whole model in memory."""
     if scorer.streams:
         need, have = scorer.model_bytes / 1e9, scorer.room / 1e9
@@ -152,7 +153,7 @@ def _generator(program: Program, scorer: BlockScorer) -> Generator:
             f"a task generates text, which needs the whole model in memory: {need:.2f} GB beside what it computes, "
             f"and {have:.2f} GB may be taken; raise max_memory, or leave the task out"
         )
-    return Generator(program)
+    return generator_of(program)
 
 
 def _file_name(name: str) -> str:

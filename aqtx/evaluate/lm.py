@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from aqtx.blockwise.block_scores import many_with, rows_at_once
 from aqtx.errors import InputError
-from aqtx.program.generate import Generator
+from aqtx.program.generate import Continues
 
 Forward = Callable[[Tensor], Tensor]
 Encoded = tuple[Any, list[int], list[int]]  # key, context, continuation
@@ -46,14 +46,14 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         tokenizer: Any,
         *,
         max_length: int,
-        generator: Callable[[], Generator] | None = None,
+        generator: Callable[[], Continues] | None = None,
         batch_size: int = 16,
     ) -> None:
         super().__init__()
         self.forward, self.tokenizer, self.max_length = forward, tokenizer, max_length
         self.batch_size = batch_size
         self._make_generator = generator
-        self._generator: Generator | None = None
+        self._generator: Continues | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -159,7 +159,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             yield postprocess_generated_text(generation=text, stop=until, think_end_token=None)
 
-    def _generating(self) -> Generator:
+    def _generating(self) -> Continues:
         if self._generator is None:
             if self._make_generator is None:
                 raise InputError("a task generates text, and this model was opened for scoring only")

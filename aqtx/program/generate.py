@@ -6,6 +6,7 @@ attended to and positions count from the prompt's first token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +50,26 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+class Continues(Protocol):
+    """What goes on from prompts."""
+
+    def continue_greedily(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Stop = lambda _: False
+    ) -> list[list[int]]:
+        """The likeliest tokens for each prompt."""
+
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Stop = lambda _: False,
+        sampling: Sampling = GREEDY,
+        random: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
 
 
 class Generator:
