@@ -21,6 +21,7 @@ from aqtx.machine.memory import release_unused
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.blocks import Block, Values, evaluate, split_blocks, whole
 from aqtx.program.program import Program
+from aqtx.program.token_ids import check_ids, check_length
 
 Progress = Callable[..., Iterable[Any]]
 RESIDENT_SHARE = 2  # a model that takes a half of the room stays in memory: activations need the rest
@@ -63,6 +64,8 @@ class BlockScorer:
         """Logits [B, S, V] of each batch of ids [B, S], in order; batches of up to `max_tokens` are best."""
         if not batches:
             return
+        check_ids(self.program, batches, "text")
+        check_length(self.program, max(ids.shape[-1] for ids in batches), "the window")
         on_disk = stream_bytes(self.program, sum(ids.numel() for ids in batches)) > self.room // 8
         with scratch_folder(self.work) as scratch:
             runner = Runner(self.program, Stream(len(batches), scratch if on_disk else None), self.program.device)

@@ -17,6 +17,7 @@ from aqtx.machine.files import write_text
 from aqtx.machine.memory import room_for_work
 from aqtx.program.generate import Continues
 from aqtx.program.program import Program
+from aqtx.program.token_ids import check_ids
 from aqtx.report.numbers import interval
 from aqtx.text.tokens import evaluation, load_tokenizer
 
@@ -106,6 +107,7 @@ def evaluate_arms(
         if spec.perplexity is not None:
             source, tokenizer = spec.perplexity, load_tokenizer(program.folder)
             documents = evaluation(source, tokenizer, max_tokens=spec.max_tokens)
+            check_ids(program, (document.ids for document in documents), f"{name}: evaluation text {source!r}")
             results.perplexity[name] = evaluate_perplexity(
                 scorer,
                 documents,

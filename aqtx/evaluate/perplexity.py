@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aqtx.blockwise.block_scores import many_with, ranks_of, rows_at_once
 from aqtx.errors import InputError
+from aqtx.program.token_ids import context_of
 from aqtx.schema import parse_fields
 from aqtx.text.tokens import Document
 
@@ -123,7 +124,7 @@ def cut_windows(document: int, length: int, *, window: int, context: int = 0) ->
 
 def window_of(config: Mapping[str, Any], asked: int | None = None) -> int:
     """Tokens to give a model at a time: as asked, else its context by config.json, at most MAX_WINDOW."""
-    return asked or min(int(config.get("max_position_embeddings", MAX_WINDOW)), MAX_WINDOW)
+    return asked or min(context_of(config) or MAX_WINDOW, MAX_WINDOW)
 
 
 def evaluate_perplexity(
@@ -155,6 +156,11 @@ def evaluate_perplexity(
     for place, batch in enumerate(batches):  # in one order, whoever scored what: the same sums, bit for bit
         for piece, loss in zip(batch, shared[place % ranks.size][place // ranks.size], strict=True):
             nll[piece.document] += loss
+    if broken := [index for index, loss in enumerate(nll) if not np.isfinite(loss)]:
+        raise InputError(
+            f"the model's predictions on evaluation document {broken[0]} are not finite ({nll[broken[0]]}): a weight "
+            "is not, or activations overflow"
+        )
     num_tokens = np.array([len(document.ids) - 1 for document in documents], dtype=np.int64)
     return DocumentScores(tuple(document.domain for document in documents), nll, num_tokens, window, context)
 

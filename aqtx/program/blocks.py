@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from aqtx.errors import InputError
 from aqtx.program.roles import layer_of
+from aqtx.program.site import weight_node
 
 Values = dict[fx.Node, Any]
 Visit = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...] | None]
@@ -93,6 +95,16 @@ def ancestors(targets: Iterable[fx.Node], nodes: Collection[fx.Node]) -> set[fx.
     return found
 
 
+def _refuse_overflow(node: fx.Node, value: Tensor) -> None:
+    """InputError where a linear's output is beyond what float16 holds: from there on all is inf or NaN."""
+    weight = weight_node(node)
+    if weight is not None and not bool(value.isfinite().all()):
+        raise InputError(
+            f"activations of {str(weight.target).removesuffix('.weight')} overflow in float16, whose largest number "
+            "is 65,504; compute in bfloat16 (in a recipe `model.dtype: bfloat16`)"
+        )
+
+
 def evaluate(
     nodes: Sequence[fx.Node],
     values: Values,
@@ -125,6 +137,8 @@ def evaluate(
             arguments = arguments if replaced is None else replaced
         value = node.target(*arguments, **keywords)  # type: ignore[operator]
         del arguments, keywords
+        if getattr(value, "dtype", None) is torch.float16:
+            _refuse_overflow(node, value)
         if readers.get(node):
             values[node] = value
         if node in keep:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aqtx.errors import InputError
 from aqtx.program.program import Program
+from aqtx.program.token_ids import check_ids, check_length
 
 Stop = Callable[[list[int]], bool]
 
@@ -39,6 +40,8 @@ class Sampling:
 
     def pick(self, logits: Tensor, random: torch.Generator) -> Tensor:
         """logits [B, V] of the next token -> tokens [B] on the CPU."""
+        if not bool(logits.isfinite().any(-1).all()) or bool(logits.isnan().any()):
+            raise InputError("the model's predictions are not finite: a weight is not, or activations overflow")
         if self.temperature == 0:
             return logits.argmax(-1).cpu()
         probabilities = (logits.float().cpu() / self.temperature).softmax(-1)
@@ -76,7 +79,7 @@ class Generator:
     """Continues prompts. Hold one for many calls: the step graph is bound to its weights once."""
 
     def __init__(self, program: Program) -> None:
-        self._device = program.device
+        self._program, self._device = program, program.device
         try:
             self._step = program.module("step")
         except InputError:  # transformers' own module: each token costs a pass over the whole text
@@ -110,6 +113,9 @@ class Generator:
     ) -> list[list[int]]:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
         random = torch.Generator().manual_seed(0) if random is None else random
+        check_ids(self._program, map(torch.tensor, prompts), "the prompt")
+        longest = max(map(len, prompts)) + max_new_tokens
+        check_length(self._program, longest, "the prompt with what is to be written behind it")
         if not self.has_cache:
             return [self._rescore(list(prompt), max_new_tokens, stop, sampling, random) for prompt in prompts]
         width = max(len(prompt) for prompt in prompts)

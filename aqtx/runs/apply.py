@@ -37,14 +37,14 @@ from aqtx.runs.fingerprint import (
     versions,
 )
 from aqtx.runs.memory_needs import Need, needs
-from aqtx.runs.opening import folder_of, program_of, recipe_context
+from aqtx.runs.opening import documents_of, program_of, recipe_context
 from aqtx.runs.pipeline import Run
 from aqtx.runs.preflight import preflight, unread
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
 from aqtx.text import own_text, self_sampling
-from aqtx.text.tokens import Document, evaluation, load_tokenizer
+from aqtx.text.tokens import Document
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class _Runner:
         spec = self.recipe.evaluate
         if spec is None or spec.perplexity is None:
             return None
-        return evaluation(spec.perplexity, load_tokenizer(folder_of(self.program)), max_tokens=spec.max_tokens)
+        return documents_of(self.program, spec.perplexity, max_tokens=spec.max_tokens)
 
     def _score(self, documents: list[Document] | None, moment: str) -> DocumentScores | None:
         """Perplexity of the program as it stands, by all ranks; kept with the resume points, as all that is done."""

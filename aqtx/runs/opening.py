@@ -8,12 +8,13 @@ from aqtx.checkpoint.open import open_program
 from aqtx.errors import InputError
 from aqtx.machine.devices import device_of
 from aqtx.program.program import Program
+from aqtx.program.token_ids import check_ids, check_length
 from aqtx.registry import Calibration, Context
 from aqtx.runs.recipe import Recipe
 from aqtx.text import own_text, self_sampling
 from aqtx.text.calibration_spec import WRITTEN, CalibrationSpec
 from aqtx.text.sources import UNNAMED
-from aqtx.text.tokens import calibration_by_domain, load_tokenizer, start_of
+from aqtx.text.tokens import Document, calibration_by_domain, evaluation, load_tokenizer, start_of
 
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -37,6 +38,13 @@ def calibration_of(recipe: Recipe, program: Program, context: Context) -> Calibr
 
     A part of a mixture is a domain, called as its text calls itself or else as its source.
     """
+    check_length(program, recipe.calibration.sequence_length, "calibration: sequence_length")
+    found = _calibration(recipe, program, context)
+    check_ids(program, [found.ids], "calibration text")
+    return found
+
+
+def _calibration(recipe: Recipe, program: Program, context: Context) -> Calibration:
     spec = recipe.calibration
     if isinstance(spec.source, str):
         return _of_one_source(spec, recipe, program, context)
@@ -74,3 +82,10 @@ def folder_of(program: Program) -> Path:
     if program.folder is None:
         raise InputError("the model has no folder, so there is no tokenizer to read text with")
     return program.folder
+
+
+def documents_of(program: Program, source: str, **limits: int | None) -> list[Document]:
+    """Evaluation documents of a text source for a program: see `aqtx.text.tokens.evaluation`."""
+    documents = evaluation(source, load_tokenizer(folder_of(program)), **limits)
+    check_ids(program, (document.ids for document in documents), f"evaluation text {source!r}")
+    return documents

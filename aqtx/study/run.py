@@ -25,7 +25,7 @@ from aqtx.program.plan import Plan
 from aqtx.program.program import Program
 from aqtx.registry import Calibration, Context, Pass, annotator
 from aqtx.runs.fingerprint import code_hash, ids_hash, source_hashes
-from aqtx.runs.opening import folder_of, program_of, recipe_context, start_tokens
+from aqtx.runs.opening import documents_of, program_of, recipe_context, start_tokens
 from aqtx.runs.pipeline import Run, misfits
 from aqtx.runs.recipe import Recipe
 from aqtx.schema import plain
@@ -35,7 +35,7 @@ from aqtx.study.domains import measure_regrets
 from aqtx.study.plans import plan_arm
 from aqtx.study.quick import Quick, quick_verdict
 from aqtx.study.verdict import Point, study_json, study_markdown
-from aqtx.text.tokens import Document, evaluation, load_tokenizer
+from aqtx.text.tokens import Document
 
 _FILES = ("study.json", "study.md")
 
@@ -185,16 +185,11 @@ def _study(
     context: Context,
     tell: Callable[[Quick], None],
 ) -> dict[str, Any]:
-    folder = folder_of(program)
     Run(program, context).execute(_annotations(recipe.passes))
     tell(quick := quick_verdict(program, _settings(recipe), context, start_tokens(program)))
     evaluate = recipe.evaluate or EvaluateSpec(perplexity="builtin")
-    documents = evaluation(
-        evaluate.perplexity or "builtin",
-        load_tokenizer(folder),
-        max_tokens=evaluate.max_tokens,
-        max_document=spec.max_document,
-    )
+    source = evaluate.perplexity or "builtin"
+    documents = documents_of(program, source, max_tokens=evaluate.max_tokens, max_document=spec.max_document)
     study = Study(recipe, spec, directory, program, context, documents, quick=quick)
     return study.run()
 

@@ -4,14 +4,17 @@ A source is written in one word, as recipes do:
 
     builtin             the text shipped with tinymoe (its calibration and evaluation halves are disjoint)
     builtin:wiki        one domain of it: wiki, web, python, docs or scripture
-    notes.txt           one passage; `.jsonl` and `.jsonl.gz` hold a passage per line, {"text": ..., "domain": ...}
-    corpus/             every .txt, .md, .jsonl, .jsonl.gz and .txt.gz below it; a sub-folder's name is the domain
+    notes.txt           one passage, whatever the ending, but those of tables and documents, which are refused
+    rows.jsonl          a passage per line, {"text": ..., "domain": ...}; `.ndjson` too, `.json` also as one list
+    corpus/             every file of these kinds and .md below it; a sub-folder's name is the domain
+    (each may be compressed: `.gz`)
     wikitext2           also c4, ptb, gsm8k: through the `datasets` library, from the hub or its cache
     wikitext2:folder    the same data set from a local copy in the hub's own layout
 """
 
 import gzip
 import json
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +27,12 @@ UNNAMED = "text"  # the domain of text that names none
 BUILTIN_DOMAINS = ("wiki", "web", "python", "docs", "scripture")
 BUILTIN = Path(__file__).resolve().parents[1] / "models" / "tinymoe" / "text"
 _MOST_TEXT = 2_000_000_000  # characters of one file: what a compressed one may unfold to
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz")
+_LINES = (".jsonl", ".ndjson", ".json")
+_NO_TEXT = (
+    *(".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".xml", ".html", ".htm", ".yaml", ".yml", ".sqlite"),
+    *(".pdf", ".doc", ".docx", ".epub", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".safetensors", ".npy"),
+)
+SUFFIXES = (".txt", ".md", *_LINES)  # each also with .gz behind it
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,11 @@ def _builtin(part: str) -> list[Passage]:
 
 
 def _from_folder(folder: Path) -> list[Passage]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path) in SUFFIXES)
     if not paths:
         raise InputError(f"the folder {folder} holds no text file ({', '.join(SUFFIXES)})")
+    if passed := sorted(path.name for path in folder.rglob("*") if path.is_file() and _kind(path) in _NO_TEXT):
+        warnings.warn(f"{folder}: {len(passed)} files are not read as text, first {passed[0]}", stacklevel=2)
     passages: list[Passage] = []
     for path in paths:
         parents = path.relative_to(folder).parts[:-1]
@@ -126,10 +136,18 @@ def _from_folder(folder: Path) -> list[Passage]:
 def _from_file(path: Path, domain: str) -> Iterator[Passage]:
     if not path.is_file():  # a named pipe would be waited for, a device never ends
         raise InputError(f"{path} is no file of text")
+    kind = _kind(path)
+    if kind in _NO_TEXT:
+        raise InputError(
+            f'{path}: {kind} is not read as text; write a line {{"text": ...}} for each passage into a .jsonl file'
+        )
     try:
-        opener = gzip.open if path.name.endswith(".gz") else open
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as stream:
-            if ".jsonl" not in path.name:
+            if kind == ".json" and _begins_list(stream):
+                yield from _from_list(stream, path, domain)
+                return
+            if kind not in _LINES:
                 text = stream.read(_MOST_TEXT + 1)
                 _refuse_size(path, len(text))
                 yield Passage(domain, text)
@@ -144,6 +162,30 @@ def _from_file(path: Path, domain: str) -> Iterator[Passage]:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file: {error}") from error
+
+
+def _kind(path: Path) -> str:
+    """The ending that tells what a file holds, in small letters and without `.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _begins_list(stream: IO[str]) -> bool:
+    """Whether the first character is that of a JSON list; the stream stays at its beginning."""
+    first = stream.read(4096).lstrip()
+    stream.seek(0)
+    return first.startswith("[")
+
+
+def _from_list(stream: IO[str], path: Path, domain: str) -> Iterator[Passage]:
+    """Passages of one JSON list: objects as a line of .jsonl has them, or texts."""
+    text = stream.read(_MOST_TEXT + 1)
+    _refuse_size(path, len(text))
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {getattr(error, 'msg', error)}") from error
+    for number, row in enumerate(rows, start=1):
+        yield _from_row({"text": row} if isinstance(row, str) else row, f"{path}, entry {number}", domain)
 
 
 def _lines(stream: IO[str]) -> Iterator[str]:
@@ -161,6 +203,10 @@ def _from_line(line: str, place: str, domain: str) -> Passage:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place} is not JSON: {getattr(error, 'msg', error)}") from error
+    return _from_row(row, place, domain)
+
+
+def _from_row(row: Any, place: str, domain: str) -> Passage:
     if not isinstance(row, dict):
         raise InputError(f'{place} has neither a "text" string nor an "ids" list')
     named = printable(str(row.get("domain", domain)))
