@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aqtx.errors import InputError, malformed
 from aqtx.machine.files import read_json
+from aqtx.models.config_text import decoded
 from aqtx.models.on_disk import text_config
 from aqtx.models.sanity import nonsense
 
@@ -68,9 +69,10 @@ def load_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object")
     with malformed(f"{path}: its sections cannot be read"):
-        config = text_config(config)
+        config = text_config(decoded(config))
     if problems := nonsense(config):
         raise InputError(*(f"{path}: {problem}" for problem in problems))
+    config.pop("auto_map", None)  # names Python files beside the weights, which nothing here runs or passes on
     if config.get("quantization_config", ...) is None:  # written so by some tools: not quantized
         del config["quantization_config"]
     return config

@@ -19,9 +19,10 @@ from aqtx.checkpoint.reader import INDEX
 from aqtx.checkpoint.shards import write_shards
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor
-from aqtx.machine.files import make_folder, sha256, write_text, writing
+from aqtx.machine.files import make_folder, read_json, sha256, write_text, writing
 from aqtx.machine.marker import MARKER, add_names, mark, own_files, run_of
 from aqtx.machine.output_folder import OutputFolder
+from aqtx.models.config_text import config_text
 from aqtx.program.program import Program
 
 MODEL_FILES = (
@@ -71,7 +72,7 @@ def write_model(program: Program, directory: Path) -> None:
     make_folder(directory)
     formats: dict[str, str] = {}
     write_shards(disk_tensors(program, formats), directory)
-    write_text(directory / "config.json", json.dumps(config_of(program, formats), indent=2) + "\n")
+    write_text(directory / "config.json", config_text(config_of(program, formats)))
     if program.plan is not None:
         write_text(directory / "plan.json", json.dumps(program.plan.to_json(), indent=1) + "\n")
     if program.folder is not None:
@@ -90,6 +91,11 @@ def copy_tokenizer(folder: Path, directory: Path) -> None:
     add_names(directory, names)
     for file, name in zip(files, names, strict=True):
         make_folder((directory / name).parent)
+        if name == "tokenizer_config.json" and "auto_map" in (told := read_json(inside(folder, file))):
+            # it names Python files, which are not passed on: whoever allows such code would look for them in vain
+            plain = {key: value for key, value in told.items() if key != "auto_map"}
+            write_text(directory / name, json.dumps(plain, indent=2) + "\n")
+            continue
         with writing(directory / name, file.stat().st_size):
             shutil.copyfile(inside(folder, file), directory / name)
 

@@ -22,6 +22,7 @@ from aqtx.checkpoint.write import copy_tokenizer
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.packing import to_disk_order
 from aqtx.formats.table import E8M0, NVFP4_SCALE, Format
+from aqtx.models.config_text import config_text
 from aqtx.models.on_disk import ALWAYS_FUSED
 
 _MX = {"e2m1": "mxfp4-pack-quantized", "e2m3": "mxfp6-pack-quantized", "e4m3": "mxfp8-quantized"}
@@ -191,7 +192,7 @@ def write(job: Job) -> list[str]:
         config["tie_word_embeddings"] = False
     if job.formats:
         config["quantization_config"] = quantization_config(job)
-    (job.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (job.output / "config.json").write_text(config_text(config))
     if program.folder is not None:
         copy_tokenizer(program.folder, job.output)
     lost = [

@@ -4,7 +4,6 @@ A rotation that runs before a linear is undone in its weight, x Q W^T = x (W Q^T
 needs to know of it. Quantized activations have no plain form: they are left out, and told.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from aqtx.checkpoint.shards import write_shards
 from aqtx.checkpoint.write import copy_tokenizer
 from aqtx.formats.table import Format
 from aqtx.models import supported
+from aqtx.models.config_text import config_text
 from aqtx.program.names import NamesTable
 
 
@@ -36,7 +36,7 @@ def write(job: Job) -> list[str]:
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     if supported(config):
         write_shards(as_published(config, _tensors(job)), job.output)
-        (job.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (job.output / "config.json").write_text(config_text(config))
     else:
         _write_foreign(dict(_tensors(job)), config, job)
     if program.folder is not None:

@@ -20,6 +20,7 @@ from aqtx.formats import QuantizedTensor
 from aqtx.formats.table import Format
 from aqtx.formats.torchao_base import import_quietly
 from aqtx.formats.torchao_convert import class_of, to_torchao
+from aqtx.models.config_text import config_text
 
 INDEX = "model.safetensors.index.json"
 
@@ -59,7 +60,7 @@ def write(job: Job) -> list[str]:
     metadata: dict[str, str] = {}
     write_shards(_tensors(job, metadata), job.output, metadata)
     config = {key: value for key, value in job.program.config.items() if key != "quantization_config"}
-    (job.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (job.output / "config.json").write_text(config_text(config))
     if job.program.folder is not None:
         copy_tokenizer(job.program.folder, job.output)
     count = len(job.activations())
