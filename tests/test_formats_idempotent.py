@@ -7,7 +7,8 @@ from torch import Tensor
 from aqtx.formats import fake_quantize, quantize
 from tests.formats.cases import DTYPES, normal
 
-NAMES = ["int8_asym", "int8_row_asym", "int8_g32_asym", "int8_asym@search", "int6_asym", "int8", "nvfp4"]
+INTS = ["int8_asym", "int8_row_asym", "int8_g32_asym", "int8_asym@search", "int6_asym", "int8"]
+NAMES = [*INTS, "nvfp4", "nvfp4@search"]
 
 
 def draws() -> dict[str, Tensor]:

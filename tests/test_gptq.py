@@ -257,6 +257,17 @@ def test_compiled_columns_give_the_same_bits(name: str, order: str, monkeypatch)
     assert torch.equal(compiled.error, plain.error)
 
 
+@pytest.mark.parametrize("name", ["int8", "int6_g32", "mxfp8", "nvfp4", "int4_asym"])
+def test_never_worse_where_the_stored_value_is_rounded_once_more(name: str) -> None:
+    """bf16 has fewer digits than codes times scale: rows are judged by the values that dequantizing gives."""
+    W, H = weights(4, 64, 128).bfloat16(), moment(300, 128, 4)
+    nearest = exact_errors(W, quantize(W, name).dequantize(), H)
+    plain = exact_errors(W, solve(W, H, parse(name), options=PLAIN).tensor.dequantize(), H)
+    found = exact_errors(W, gptq(W, H, name).dequantize(), H)
+    assert (plain <= nearest * (1 + 1e-5)).all() and (found <= plain * (1 + 1e-5)).all()
+    assert found.sum() < 0.9 * nearest.sum()
+
+
 def test_bf16_weights_stay_bf16() -> None:
     W = weights(16, 128).bfloat16()
     found = gptq(W, moment(300, 128), "int8")
@@ -277,7 +288,7 @@ def op_arguments(name: str) -> list:
         return [rows, rows.clone(), rows.clone(), codes, square, line, *grid, torch.zeros(E, N), spec, 7.0, 2, 1e-3]
     if name == "left_by":
         return [rows, codes, *grid, spec, 7.0]
-    return [torch.zeros(6, 32), torch.ones(2, 32), torch.ones(3, 6), torch.zeros(3, 6), spec, 7.0, False]
+    return [torch.zeros(6, 32), torch.ones(2, 32), torch.ones(3, 6), torch.zeros(3, 6), spec, 7.0, False, False]
 
 
 @pytest.mark.parametrize("name", ["round_columns", "descend", "left_by", "best_scales"])

@@ -146,12 +146,16 @@ def quantize_mx(weight: Tensor, fmt: Format, row_bytes: int) -> tuple[Tensor, Te
     return torch.ops.aqtx_cpu.quantize_mx(weight, spec, fmt.element.largest, RULES[fmt.rule], row_bytes)
 
 
-def best_scales(runs: Tensor, weights: Tensor, candidates: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """Index [R] of the candidate [C, R] of least squared error; runs [R, B], weights [P, B] of row r % P."""
-    spec = spec_of(fmt, runs.shape[-1])
-    to_bf16 = dtype is torch.bfloat16
-    scale, zero_point, _ = candidates
-    return torch.ops.aqtx_cpu.best_scales(runs, weights, scale, zero_point, spec, fmt.element.largest, to_bf16)
+def best_scales(
+    runs: Tensor, weights: Tensor, candidates: Affine, fmt: Format, *, to_bf16: bool, both_signs: bool
+) -> Tensor:
+    """Index [R] of the candidate [C, R] of least squared error; runs [R, B], weights [P, B] of row r % P.
+
+    With `both_signs` those with their sign changed are the candidates from C on.
+    """
+    spec, (scale, zero_point, _) = spec_of(fmt, runs.shape[-1]), candidates
+    how = (to_bf16, both_signs)
+    return torch.ops.aqtx_cpu.best_scales(runs, weights, scale, zero_point, spec, fmt.element.largest, *how)
 
 
 def _fake_linear(  # noqa: PLR0913 (the op's signature)

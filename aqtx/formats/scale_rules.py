@@ -135,6 +135,8 @@ def _choose_e4m3(blocks: Tensor, fmt: Format, per_tensor: Tensor, importance: Te
     if fmt.rule == "amax":
         return stored
     steps = torch.tensor(CODES_TRIED, device=stored.device).view(-1, *[1] * stored.dim())
+    if importance is None:  # the matrix's largest weight is kept, or its own scale would be another one next time
+        steps = torch.where(wanted > E4M3.largest * (1 - 2.0**-20), 0, steps)
     codes = (stored + steps).clamp(E4M3_SMALLEST_CODE, E4M3_LARGEST_CODE)
     best = least_error(blocks, Affine(code_to_value(codes, E4M3) * per_tensor), fmt, torch.float32, importance)
     return codes.gather(0, best[None])[0].to(torch.uint8)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aqtx.formats import kernel
+from aqtx.formats.elements import round_value
 from aqtx.formats.scales import Affine, affine_of_range, affine_of_scale, snap_blocks
 from aqtx.formats.table import Format
 
@@ -30,27 +31,37 @@ NUM_PROBED = 4
 
 
 def least_error(
-    blocks: Tensor, candidates: Affine, fmt: Format, dtype: torch.dtype, importance: Tensor | None
+    blocks: Tensor,
+    candidates: Affine,
+    fmt: Format,
+    dtype: torch.dtype,
+    importance: Tensor | None,
+    *,
+    both_signs: bool = False,
 ) -> Tensor:
     """Index [..., G] of the candidate [C, ..., G] of least squared error, the first one among equals.
 
     Errors are between blocks [..., G, B] and their values as `dtype` holds them, weighted by `importance` [G, B].
+    With `both_signs` each candidate is tried with its negative scale too, which has C more as index.
     """
     runs = _in_lanes(blocks.reshape(-1, blocks.shape[-1]))
     weights = torch.ones_like(runs[:1]) if importance is None else _in_lanes(importance)
     flat = Affine(*(None if part is None else part.reshape(len(part), -1).contiguous() for part in candidates))  # type: ignore[arg-type]
-    compiled = kernel.serves(blocks.device) and dtype in (torch.float32, torch.bfloat16)
-    best = (kernel.best_scales if compiled else _best_scales)(runs, weights, flat, fmt, dtype)
+    if kernel.serves(blocks.device) and dtype in (torch.float32, torch.bfloat16):
+        best = kernel.best_scales(runs, weights, flat, fmt, to_bf16=dtype is torch.bfloat16, both_signs=both_signs)
+    else:
+        flat = Affine(torch.cat([flat.scale, -flat.scale])) if both_signs else flat
+        best = _best_scales(runs, weights, flat, fmt, dtype)
     return best.view(blocks.shape[:-1])
 
 
 def _best_scales(runs: Tensor, weights: Tensor, candidates: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """In plain torch, one candidate of all runs at a time."""
+    """In plain torch, one candidate of all runs at a time; the last bit of a quotient does not matter here."""
     weights = weights.repeat(len(runs) // len(weights), 1)
     best, least = torch.zeros(len(runs), dtype=torch.long, device=runs.device), None
-    for index, scale in enumerate(candidates.scale):
-        zero_point = None if candidates.zero_point is None else candidates.zero_point[index]
-        values = snap_blocks(runs, Affine(scale, zero_point), fmt).to(dtype).float()
+    for index, scale in enumerate(candidates.scale.unsqueeze(-1)):
+        zero_point = None if candidates.zero_point is None else candidates.zero_point[index].unsqueeze(-1)
+        values = round_value(runs * (1 / scale), fmt.element, zero_point).mul_(scale).to(dtype).float()
         error = _lane_sum((values - runs).square_().mul_(weights))
         better = torch.ones_like(best, dtype=torch.bool) if least is None else error < least
         best, least = torch.where(better, index, best), error if least is None else torch.where(better, error, least)
@@ -80,48 +91,58 @@ def search_real(
 ) -> Affine:
     """The scale of least squared error among shares of the full range, then among those next to the best one."""
     lowest = LOWEST_SHARE.get(fmt.element.bits, 0.75)
-    shares = [1 - (1 - lowest) * step / NUM_STEPS for step in range(NUM_STEPS + 1)]
-    candidates = [_shrunk(bounds, share, fmt) for share in shares]
-    if _is_lopsided(fmt):
-        # codes reach -2^(b-1) but only 2^(b-1) - 1: a negative scale gives the long side to positive weights
-        candidates += [Affine(-candidate.scale) for candidate in candidates]
-    best = _best_of(blocks, candidates, fmt, dtype, importance)
+    steps = [1 - (1 - lowest) * step / NUM_STEPS for step in range(NUM_STEPS + 1)]
+    shares = torch.tensor(steps, device=blocks.device).view(-1, *[1] * bounds[0].dim())
+    candidates = affine_of_range((bounds[0] * shares, bounds[1] * shares), fmt)
+    # codes reach -2^(b-1) but only 2^(b-1) - 1: a negative scale gives the long side to positive weights
+    best = _best_of(blocks, candidates, fmt, dtype, importance, both_signs=_is_lopsided(fmt))
     if fmt.element.bits <= FINE_BITS:
-        best = _best_of(blocks, [best, *_around(best, fmt)], fmt, dtype, importance)
-    return settle(blocks, bounds, best, fmt, dtype)
+        best = _best_of(blocks, _around(best, fmt), fmt, dtype, importance)
+    return best if importance is not None else settle(blocks, bounds, best, fmt, dtype)
 
 
 def _best_of(
-    blocks: Tensor, candidates: list[Affine], fmt: Format, dtype: torch.dtype, importance: Tensor | None
+    blocks: Tensor,
+    candidates: Affine,
+    fmt: Format,
+    dtype: torch.dtype,
+    importance: Tensor | None,
+    *,
+    both_signs: bool = False,
 ) -> Affine:
-    """The best of candidates [..., G], block by block."""
-    scale = torch.stack([candidate.scale for candidate in candidates])
-    zeros = [candidate.zero_point for candidate in candidates if candidate.zero_point is not None]
-    stacked = Affine(scale, torch.stack(zeros) if zeros else None)
-    best = least_error(blocks, stacked, fmt, dtype, importance).unsqueeze(0)
-    return Affine(*(None if part is None else part.gather(0, best)[0] for part in stacked))  # type: ignore[arg-type]
+    """The best of candidates [C, ..., G], block by block."""
+    best = least_error(blocks, candidates, fmt, dtype, importance, both_signs=both_signs).unsqueeze(0)
+    at = best % len(candidates.scale)
+    found = Affine(*(None if part is None else part.gather(0, at)[0] for part in candidates))  # type: ignore[arg-type]
+    return found._replace(scale=torch.where(best[0] < len(candidates.scale), found.scale, -found.scale))
 
 
-def _around(best: Affine, fmt: Format) -> list[Affine]:
-    """The bf16 scales next to one, and the same scale with the zero points next to its own."""
-    bits = best.scale.to(torch.bfloat16).view(torch.int16)
-    near = [(bits + step).view(torch.bfloat16).float() for step in (1, -1, 2, -2)]
-    usable = [torch.where(scale.isfinite() & (scale != 0), scale, best.scale) for scale in near]
-    found = [Affine(scale, best.zero_point) for scale in usable]
-    if best.zero_point is not None:
-        most = 2**fmt.element.bits - 1
-        found += [Affine(best.scale, (best.zero_point + step).clamp(0, most)) for step in (1, -1)]
-    return found
+def _around(best: Affine, fmt: Format) -> Affine:
+    """A scale, the bf16 scales next to it, and the same scale with the zero points next to its own."""
+    near = _beside(best.scale, (0, 1, -1, 2, -2))
+    usable = torch.where(near.isfinite() & (near != 0), near, best.scale)
+    if best.zero_point is None:
+        return Affine(usable)
+    zeros = torch.stack([best.zero_point + step for step in (*[0] * len(near), 1, -1)])
+    return Affine(
+        torch.cat([usable, best.scale.expand(2, *best.scale.shape)]), zeros.clamp_(0, 2**fmt.element.bits - 1)
+    )
+
+
+def _beside(scale: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """bf16 scales so many steps beside some [..., G]: float32 [C, ..., G]."""
+    bits = scale.to(torch.bfloat16).view(torch.int16)
+    return torch.stack([bits + step for step in steps]).view(torch.bfloat16).float()
 
 
 def settle(blocks: Tensor, bounds: tuple[Tensor, Tensor], first: Affine, fmt: Format, dtype: torch.dtype) -> Affine:
     """`first`, except where a neighbouring scale represents a block exactly and `first` does not."""
-    for neighbour in _could_have_made(bounds, fmt):
-        exact = _is_exact(blocks[..., :NUM_PROBED], neighbour, fmt, dtype)
-        if not bool(exact.any()):
-            continue
-        exact = exact & _is_exact(blocks, neighbour, fmt, dtype) & ~_is_exact(blocks, first, fmt, dtype)
-        first = _select(exact, neighbour, first)
+    neighbours = _could_have_made(bounds, fmt)
+    probed = _is_exact(blocks[..., :NUM_PROBED], neighbours, fmt, dtype)  # [C, ..., G]
+    for index in probed.flatten(1).any(1).nonzero().flatten().tolist():
+        one = Affine(*(None if part is None else part[index] for part in neighbours))  # type: ignore[arg-type]
+        exact = probed[index] & _is_exact(blocks, one, fmt, dtype) & ~_is_exact(blocks, first, fmt, dtype)
+        first = _select(exact, one, first)
     return first
 
 
@@ -129,34 +150,18 @@ def _is_lopsided(fmt: Format) -> bool:
     return not fmt.asymmetric and not fmt.element.is_float
 
 
-def _could_have_made(bounds: tuple[Tensor, Tensor], fmt: Format) -> list[Affine]:
-    """The scales that can have left a dequantized block with these bounds."""
-    full = affine_of_range(bounds, fmt)
-    found = [full, *_neighbours(full, bounds, fmt), *_shorter(bounds, fmt)]
-    if _is_lopsided(fmt) and fmt.rule == "search":
-        longer = affine_of_scale(bounds[1] / 2 ** (fmt.element.bits - 1), bounds[0], fmt)
-        found += [longer, *_neighbours(longer, bounds, fmt)]
-        found += [Affine(-affine.scale) for affine in found]
-    return found
-
-
-def _shrunk(bounds: tuple[Tensor, Tensor], share: float, fmt: Format) -> Affine:
-    return affine_of_range((bounds[0] * share, bounds[1] * share), fmt)
-
-
-def _neighbours(affine: Affine, bounds: tuple[Tensor, Tensor], fmt: Format) -> list[Affine]:
-    """The next bf16 scales above and below."""
-    bits = affine.scale.to(torch.bfloat16).view(torch.int16)
-    return [affine_of_scale((bits + step).view(torch.bfloat16).float(), bounds[0], fmt) for step in (1, -1)]
-
-
-def _shorter(bounds: tuple[Tensor, Tensor], fmt: Format) -> list[Affine]:
-    """Scales for asymmetric data that spans one or two codes less, as rounding of both ends may leave it."""
-    if not fmt.asymmetric:
-        return []
-    steps = 2**fmt.element.bits - 1
-    shorter = [affine_of_scale((bounds[1] - bounds[0]) / (steps - less), bounds[0], fmt) for less in (1, 2)]
-    return [near for affine in shorter for near in (affine, *_neighbours(affine, bounds, fmt))]
+def _could_have_made(bounds: tuple[Tensor, Tensor], fmt: Format) -> Affine:
+    """The scales [C, ..., G] that can have left a dequantized block with these bounds, and those next to each."""
+    low, high = bounds
+    scales = [affine_of_range(bounds, fmt).scale]
+    if fmt.asymmetric:  # data that spans one or two codes less, as rounding of both ends may leave it
+        steps = 2**fmt.element.bits - 1
+        scales += [affine_of_scale((high - low) / (steps - less), low, fmt).scale for less in (1, 2)]
+    both_signs = _is_lopsided(fmt) and fmt.rule == "search"
+    if both_signs:
+        scales.append(affine_of_scale(high / 2 ** (fmt.element.bits - 1), low, fmt).scale)
+    found = affine_of_scale(_beside(torch.stack(scales), (0, 1, -1)).transpose(0, 1).flatten(0, 1), low, fmt)
+    return Affine(torch.cat([found.scale, -found.scale])) if both_signs else found
 
 
 def _is_exact(blocks: Tensor, affine: Affine, fmt: Format, dtype: torch.dtype) -> Tensor:

@@ -11,20 +11,21 @@ Each row keeps the best of that, plain GPTQ and round-to-nearest on the H given,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.formats.codec import all_finite, check_finite, choose_scales, packed, quantize
+from aqtx.formats.codec import Scales, all_finite, check_finite, choose_scales, packed, quantize
 from aqtx.formats.table import Format, parse
 from aqtx.formats.tensor import QuantizedTensor
 from aqtx.numerics.cholesky import Factor, factor
 from aqtx.numerics.gptq_candidates import Candidate, Judge, Problem, choose
 from aqtx.numerics.gptq_rows import bound_basis, row_errors
 from aqtx.numerics.shrinkage import isotropic_scale, shrink
+from aqtx.numerics.units import scales_times, unit_of_moments, unit_of_weights
 
 Order = Literal["none", "activation"]
 ORDERS: tuple[Order, ...] = ("none", "activation")
@@ -61,6 +62,14 @@ class Solution:
     error: Tensor
     power: Tensor  # w H w^T, to put the errors in relation
     rows_nearest: Tensor  # rows that kept round-to-nearest
+
+    def in_units_of(self, unit: Tensor, scales: Scales) -> "Solution":
+        """What was found for weights times `unit` [E] as what it is for the weights, `scales` theirs."""
+        old = self.tensor
+        tensor = QuantizedTensor(old.qdata, old.format_name, old.num_columns, old.dtype, *scales)
+        squares = unit.double().square()
+        errors = {name: getattr(self, name) / squares for name in ("nearest_error", "error", "power")}
+        return replace(self, tensor=tensor, **errors)
 
 
 def gptq(  # noqa: PLR0913  (a promised interface)
@@ -120,11 +129,16 @@ class Curvature:
     judge: Judge
     target: Tensor | None  # what is factored [E, K, K], for sweeps
     options: Options
+    unit: Tensor  # [E] power of two that H is multiplied by in here
 
     @classmethod
     def of(cls, H: Tensor, *, num_tokens: Tensor | None, prior: Tensor | None, options: Options) -> "Curvature":
         """Shrink, order, damp and factor a batch H [E, K, K]."""
         _check(H, num_tokens, prior, options)
+        unit = unit_of_moments(H, prior)
+        if bool((unit != 1).any()):
+            H = H * unit[:, None, None].to(H.dtype)
+            prior = None if prior is None else prior * (unit[:, None, None] if prior.dim() == 3 else unit[0]).to(prior)
         H = H.to(torch.float32)
         num_tokens, prior = (None if x is None else x.to(H) for x in (num_tokens, prior))
         target, n0 = (H, H.new_zeros(len(H))) if num_tokens is None else shrink(H, num_tokens, prior)
@@ -138,7 +152,7 @@ class Curvature:
         if options.sweeps:
             damped = target.clone() if target is H else target
             damped.diagonal(dim1=-2, dim2=-1).add_(found.shift.unsqueeze(-1))
-        return cls(found, order, n0, Judge(H, bound_basis(H), share + found.shift, tight), damped, options)
+        return cls(found, order, n0, Judge(H, bound_basis(H), share + found.shift, tight), damped, options, unit)
 
     def take(self, places: list[int]) -> "Curvature":
         """Some entries of the batch."""
@@ -146,7 +160,8 @@ class Curvature:
         factor = Factor(found.ratios[places], found.diagonal[places], found.damping[places], found.shift[places])
         order, target = (None if x is None else x[places] for x in (self.order, self.target))
         own = Judge(judge.H[places], judge.basis[places], judge.share[places], judge.tight)
-        return Curvature(factor, order, self.pseudo_tokens[places], own, target, self.options)
+        rest = (own, target, self.options, self.unit[places])
+        return Curvature(factor, order, self.pseudo_tokens[places], *rest)
 
     def solve(self, W: Tensor, fmt: Format, *, largest: Tensor | None = None) -> Solution:
         """Codes for W [E, N, K]; `largest` [E, 1, 1] is what NVFP4's scales per matrix are for, default W's own."""
@@ -154,11 +169,22 @@ class Curvature:
             zeros = self.judge.H.new_zeros(len(W))
             return Solution(quantize(W, fmt), zeros, zeros, zeros, zeros, zeros, zeros + W.shape[1])
         largest = None if largest is None else largest.to(W.device)
+        unit = unit_of_weights(W)
+        if bool((unit != 1).any()):
+            most = None if largest is None else largest * unit
+            found = self._solve((W * unit).to(W.dtype), fmt, most)
+            scales = scales_times(found.tensor.scales, 1 / unit, fmt)
+            if scales is not None:
+                return found.in_units_of(unit.flatten(), scales)
+        return self._solve(W, fmt, largest)
+
+    def _solve(self, W: Tensor, fmt: Format, largest: Tensor | None) -> Solution:
+        """In units in which squares fit into float32."""
         problem = Problem(W, fmt, self.factor, self.order, self.options.block_size, largest)
         plain = problem.rounded(choose_scales(W, fmt, largest=largest))
         found = choose(problem, plain, self._refined(problem, plain), self.judge)
         power, before, *after = self._sampled(problem.rows, *found.left)
-        whole = W.shape[1] / before.shape[1]
+        whole = W.shape[1] / before.shape[1] / self.unit.double()
         return Solution(
             tensor=packed(found.codes, fmt, found.scales, W.dtype),
             damping=self.factor.damping,

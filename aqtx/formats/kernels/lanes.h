@@ -26,12 +26,13 @@ static INLINE Round round_of(const Element& t, bool has_zero) {
 
 static INLINE float clamp(float v, float low, float high) { v = v > low ? v : low; return v < high ? v : high; }
 
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+
 // Integers: clamping to whole bounds before rounding is the same as after it.
 template <int LANES> static INLINE void round_integers(float* v, const float* zero, const Round& r, float levels) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23
   for (int l = 0; l < LANES; l++) {
     const float low = r.has_zero ? -zero[l] : r.low, high = r.has_zero ? levels - zero[l] : r.high;
-    v[l] = (clamp(v[l], low, high) + magic) - magic;
+    v[l] = (clamp(v[l], low, high) + kMagic) - kMagic;
   }
 }
 

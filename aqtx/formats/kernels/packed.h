@@ -159,6 +159,7 @@ struct ScaleTask {
   int64_t* best;            // [R] out: the first one among equals
   int64_t num_runs, num_weights, num_candidates, padded;
   bool to_bf16;             // errors are of values as bf16 holds them
+  bool both_signs;          // each candidate with a negative scale too: index num_candidates on
   Element element;
 };
 void best_scales(const ScaleTask& task, int64_t begin, int64_t end);

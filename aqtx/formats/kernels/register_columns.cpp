@@ -58,13 +58,14 @@ std::tuple<Tensor, Tensor> left_by(const Tensor& weights, const OptionalTensor& 
 }
 
 Tensor best_scales_of(const Tensor& values, const Tensor& importance, const Tensor& scale, const OptionalTensor& zero,
-                      Spec spec, double largest, bool to_bf16) {
+                      Spec spec, double largest, bool to_bf16, bool both_signs) {
   const Tensor* zeros = present(zero);
   check_runs(values, importance, {scale, zeros}, spec);
+  TORCH_CHECK(!both_signs || (!zeros && spec[1] == 0), "aqtx: both signs of symmetric integers only");
   const Tensor best = at::empty({values.size(0)}, values.options().dtype(at::kLong));
   const ScaleTask task{values.const_data_ptr<float>(), importance.const_data_ptr<float>(),
                        scale.const_data_ptr<float>(), floats(zeros), best.data_ptr<int64_t>(), values.size(0),
-                       importance.size(0), scale.size(0), values.size(1), to_bf16, element_of(spec, largest)};
+                       importance.size(0), scale.size(0), values.size(1), to_bf16, both_signs, element_of(spec, largest)};
   at::parallel_for(0, values.size(0), 64, [&](int64_t a, int64_t b) { best_scales(task, a, b); });
   return best;
 }
@@ -75,7 +76,7 @@ TORCH_LIBRARY_FRAGMENT(aqtx_cpu, m) {
   m.def("round_columns(Tensor values, Tensor weights, Tensor(a!) errors, Tensor(b!) codes, Tensor ratios, Tensor scale, Tensor? zero, Tensor? blocks, Tensor penalties, Tensor(c!) bounds, int[] spec, float largest, int low, int high) -> ()");
   m.def("descend(Tensor gradient, Tensor weights, Tensor(a!) errors, Tensor(b!) codes, Tensor hessian, Tensor inverse, Tensor scale, Tensor? zero, Tensor(c!) objective, int[] spec, float largest, int sweeps, float least_gain) -> ()");
   m.def("left_by(Tensor weights, Tensor? codes, Tensor scale, Tensor? zero, int[] spec, float largest) -> (Tensor, Tensor)");
-  m.def("best_scales(Tensor values, Tensor importance, Tensor scale, Tensor? zero, int[] spec, float largest, bool to_bf16) -> Tensor");
+  m.def("best_scales(Tensor values, Tensor importance, Tensor scale, Tensor? zero, int[] spec, float largest, bool to_bf16, bool both_signs) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(aqtx_cpu, CPU, m) {
   m.impl("round_columns", round_columns_leaf);

@@ -3,6 +3,8 @@
 // Squares are summed in 16 lanes, and the lanes in halves, which is an order that plain torch can follow.
 #include "lanes.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by inlined functions only
+
 static INLINE float lane_sum(float* sum) {
   for (int half = 8; half > 0; half /= 2)
     for (int l = 0; l < half; l++) sum[l] += sum[l + half];
@@ -14,28 +16,42 @@ static INLINE float as_bf16(float v) {
   return as_float((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
-static INLINE void round_some(float* v, float zero, const Round& r, float levels) {
-  if (r.is_float) {
-    for (int l = 0; l < kWidth; l++) {
-      const float x = clamp(v[l], r.low, r.high);
-      const float power = as_float(as_bits(x) & 0x7f800000);
-      const float magic = (power > r.smallest ? power : r.smallest) * r.to_magic;
-      v[l] = (x + magic) - magic;
-    }
-    return;
+struct Errors { float same, turned; };  // of a scale, and of its negative where that is asked for
+
+static INLINE Vector splat(float v) { return v - Vector{}; }
+static INLINE Vector least(Vector a, Vector b) { return a < b ? a : b; }
+static INLINE Vector most(Vector a, Vector b) { return a > b ? a : b; }
+
+template <bool kBf16> static INLINE Vector squares(Vector q, Vector scale, Vector value) {
+  Vector product = q * scale;
+  if (kBf16) for (int l = 0; l < kWidth; l++) product[l] = as_bf16(product[l]);
+  const Vector off = product - value;
+  return off * off;
+}
+
+// Of symmetric integers; a negative scale changes the sign of steps, and which end reaches further.
+template <bool kBf16>
+static INLINE Errors errors_of_both(const ScaleTask& t, const float* values, const float* importance, float scale, const Round& r) {
+  Vector same{}, turned{};
+  const Vector inverse = splat(1 / scale), factor = splat(scale), magic = splat(kMagic);
+  const Vector low = splat(r.low), high = splat(r.high), far = splat(-r.low), near = splat(-r.high);
+  for (int64_t at = 0; at < t.padded; at += kWidth) {
+    const Vector value = *(const Vector*)(values + at), weight = *(const Vector*)(importance + at);
+    const Vector q = (least(most(value * inverse, low), far) + magic) - magic;
+    same += squares<kBf16>(least(q, high), factor, value) * weight;
+    turned += squares<kBf16>(most(q, near), factor, value) * weight;
   }
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23
-  const float low = r.has_zero ? -zero : r.low, high = r.has_zero ? levels - zero : r.high;
-  for (int l = 0; l < kWidth; l++) v[l] = (clamp(v[l], low, high) + magic) - magic;
+  return {lane_sum((float*)&same), lane_sum((float*)&turned)};
 }
 
 template <bool kBf16>
-static INLINE float error_of(const ScaleTask& t, const float* values, const float* importance, float scale, float zero,
+static INLINE float error_of(const ScaleTask& t, const float* values, const float* importance, float scale, const float* zero,
                              const Round& r, float levels) {
   alignas(64) float sum[kWidth] = {}, q[kWidth];
+  const float inverse = 1 / scale;
   for (int64_t at = 0; at < t.padded; at += kWidth) {
-    for (int l = 0; l < kWidth; l++) q[l] = values[at + l] / scale;
-    round_some(q, zero, r, levels);
+    for (int l = 0; l < kWidth; l++) q[l] = values[at + l] * inverse;
+    round_lanes<kWidth>(q, zero, r, levels);
     for (int l = 0; l < kWidth; l++) {
       const float value = q[l] * scale, off = (kBf16 ? as_bf16(value) : value) - values[at + l];
       sum[l] += (off * off) * importance[at + l];
@@ -44,20 +60,30 @@ static INLINE float error_of(const ScaleTask& t, const float* values, const floa
   return lane_sum(sum);
 }
 
+template <bool kBf16>
+static INLINE Errors errors_of(const ScaleTask& t, const float* values, const float* importance, float scale, const float* zero,
+                               const Round& r, float levels) {
+  if (t.both_signs) return errors_of_both<kBf16>(t, values, importance, scale, r);
+  return {error_of<kBf16>(t, values, importance, scale, zero, r, levels), 0};
+}
+
 static INLINE void run_scales(const ScaleTask& t, int64_t begin, int64_t end) {
   const Round r = round_of(t.element, t.zero != nullptr);
   const float levels = float((1 << t.element.bits) - 1);
+  alignas(64) float zero[kWidth] = {};
   for (int64_t run = begin; run < end; run++) {
     const float *values = t.values + run * t.padded, *importance = t.importance + run % t.num_weights * t.padded;
-    float least = 0;
-    int64_t best = 0;
+    Errors least{};
+    int64_t best = 0, turned = 0;
     for (int64_t c = 0; c < t.num_candidates; c++) {
-      const float scale = t.scale[c * t.num_runs + run], zero = t.zero ? t.zero[c * t.num_runs + run] : 0;
-      const float error = t.to_bf16 ? error_of<true>(t, values, importance, scale, zero, r, levels)
-                                    : error_of<false>(t, values, importance, scale, zero, r, levels);
-      if (c == 0 || error < least) least = error, best = c;
+      const float scale = t.scale[c * t.num_runs + run];
+      if (t.zero) for (int l = 0; l < kWidth; l++) zero[l] = t.zero[c * t.num_runs + run];
+      const Errors now = t.to_bf16 ? errors_of<true>(t, values, importance, scale, zero, r, levels)
+                                   : errors_of<false>(t, values, importance, scale, zero, r, levels);
+      if (c == 0 || now.same < least.same) least.same = now.same, best = c;
+      if (c == 0 || now.turned < least.turned) least.turned = now.turned, turned = c;
     }
-    t.best[run] = best;
+    t.best[run] = t.both_signs && least.turned < least.same ? t.num_candidates + turned : best;
   }
 }
 
