@@ -12,7 +12,7 @@ from aqtx.program.weight_changes import Scale
 from aqtx.registry import Changes, Context, Pass, Refusal, register
 from aqtx.rotation.residual_stream import NORM, Gain, gain_of, readers
 from aqtx.rotation.row_ops import Unproven, aten, weight_name
-from aqtx.rotation.select import check_plain
+from aqtx.rotation.select import check_plain, input_rotation
 
 
 @register("fold_norms")
@@ -75,7 +75,10 @@ def folding(node: fx.Node, tied: set[str]) -> tuple[Gain, list[str]]:
         raise Unproven("it has none of its own")
     if len(gain.node.users) > 1:
         raise Unproven("several nodes use it")
-    weights = [weight_name(reader) for reader in readers(node)]
+    found = readers(node)
+    if rotated := [weight_name(reader) for reader in found if input_rotation(reader) is not None]:
+        raise Unproven(f"a rotation runs before {rotated[0]}; `fold_norms` goes before `insert_hadamard`")
+    weights = [weight_name(reader) for reader in found]
     if set(weights) & tied:
         raise Unproven("its reader shares the embedding's weights and `untie` is off")
     return gain, list(dict.fromkeys(weights))

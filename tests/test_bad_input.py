@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import aqtx
 from aqtx.errors import InputError
 from aqtx.machine.files import writing
 from aqtx.models.sanity import nonsense
@@ -16,6 +20,7 @@ from aqtx.report.write import write_report
 from aqtx.runs.yaml_text import parse_yaml
 from aqtx.text import sources
 from aqtx.text.sources import read_passages
+from tests.tiny import write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -87,3 +92,45 @@ def test_names_with_dollars_and_half_pairs_are_drawn(tmp_path):
     assert (tmp_path / "figures" / "perplexity_change.png").is_file()
     assert "\\ud800" in page
     assert "\x1b" not in page
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("key", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_weights_of_whole_numbers_are_told(tmp_path, key, dtype):
+    folder = write_checkpoint(tmp_path / "source")
+    shape = load_file(folder / "model.safetensors")[key].shape
+    write_checkpoint(folder, **{key: torch.ones(shape).to(dtype)})
+    with pytest.raises(InputError, match=rf"{key} is stored as .*, and a weight must be one of"):
+        aqtx.trace(folder)
+
+
+def test_weights_of_whole_numbers_in_a_family_of_transformers(tmp_path):
+    small = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "vocab_size": 32, "rotary_dim": 8}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **small)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "transformer.h.0.mlp.fc_in.weight"
+    save_file({**tensors, key: tensors[key].to(torch.int32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{key} is stored as I32"):
+        aqtx.trace(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_among_the_files_of_a_checkpoint_is_not_waited_for(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "source")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is a pipe, a socket or a device"):
+        aqtx.trace(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes"])
+def test_links_that_lead_nowhere_or_in_a_circle_are_told(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "source")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / "gone")
+    with pytest.raises(InputError, match=f"{name} is a link that leads nowhere"):
+        aqtx.trace(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / name)
+    with pytest.raises(InputError, match=f"{name} is a link that leads nowhere"):
+        aqtx.trace(folder)

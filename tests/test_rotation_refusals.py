@@ -133,3 +133,14 @@ def test_tied_head_is_left_alone_when_asked():
     why = "its gain cannot be folded: its reader shares the embedding's weights and `untie` is off"
     assert found == {"model.norm.weight": why}
     assert program.weights.shared() == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_gains_are_not_folded_through_a_rotation_that_stands_before_their_linears():
+    program = aqtx.trace(PostNorm(post=False))
+    found = refusals(program, [("insert_hadamard", {"before": ["residual"], "block": 32}), *FUSED[:1]])
+    assert found["pre"] == (
+        "its gain cannot be folded: a rotation runs before gate.weight; `fold_norms` goes before `insert_hadamard`"
+    )
+    assert "last" in found and program.weights.written() == {}
+    other = aqtx.trace(PostNorm(post=False))
+    assert refusals(other, [("insert_hadamard", {"before": ["down"], "block": 32}), *FUSED[:1]]) == {}

@@ -15,9 +15,12 @@ def inside(folder: Path, file: Path) -> Path:
     """The file with links resolved; links may stay in the folder, or lead to the blobs of the hub's cache.
 
     Raises:
-        InputError: a link leaves the folder.
+        InputError: a link leaves the folder, or leads nowhere.
     """
-    real, root = file.resolve(), folder.resolve()
+    try:
+        real, root = file.resolve(strict=file.is_symlink()), folder.resolve()
+    except (OSError, RuntimeError):
+        raise InputError(f"{file} is a link that leads nowhere") from None
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
     if real.is_relative_to(root) or real.is_relative_to(blobs):
         return real
@@ -25,8 +28,17 @@ def inside(folder: Path, file: Path) -> Path:
 
 
 def refuse_links(folder: Path) -> None:
-    """InputError for every link of a checkpoint folder that leaves it."""
-    problems = [problem for file in sorted(folder.iterdir()) for problem in problems_of(partial(inside, folder, file))]
+    """InputError for every link of a checkpoint folder that leaves it, and for what would be waited for."""
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be read: {error.strerror}") from None
+    problems = [problem for file in files for problem in problems_of(partial(inside, folder, file))]
+    problems += [
+        f"{file} is a pipe, a socket or a device, and no file of a checkpoint"
+        for file in files
+        if file.exists() and not file.is_file() and not file.is_dir()
+    ]
     if problems:
         raise InputError(*problems)
 

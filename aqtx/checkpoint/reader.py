@@ -133,6 +133,7 @@ class CheckpointReader:
             for key in plain
             if key in self.entries and self.shape(key) != (shape := tuple(table.matrix_shape(key)))
         ]
+        wrong += self.no_floats(plain)
         problems = _listed(missing, f"{self.folder}: tensor {{}} is missing")
         problems += _listed(extra, f"{self.folder}: tensor {{}} belongs to no parameter of the model")
         for key, name in coded.items():
@@ -145,6 +146,14 @@ class CheckpointReader:
         problems += wrong[:LISTED] + ([f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else [])
         if problems:
             raise InputError(*problems)
+
+    def no_floats(self, keys: Iterable[str]) -> list[str]:
+        """A sentence for each weight that is stored as whole numbers or codes, of which nothing says what they mean."""
+        return [
+            f"{self.folder}: {key} is stored as {entry.dtype}, and a weight must be one of {', '.join(_FLOATS)}"
+            for key in keys
+            if (entry := self.entries.get(key)) is not None and entry.dtype not in _FLOATS
+        ]
 
     def part_problems(self, key: str, format_name: str, shape: Shape) -> list[str]:
         """What is wrong with the parts of a packed matrix [N, K], as headers tell it: a sentence each."""

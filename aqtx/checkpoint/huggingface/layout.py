@@ -94,6 +94,8 @@ def layout_of(reader: CheckpointReader, config: Mapping[str, Any]) -> Layout:
         for name in sorted(shapes.keys() & found.keys())
         if found[name].shape != shapes[name]
     ]
+    floats = [name for name, value in model.state_dict().items() if value.is_floating_point()]
+    problems += reader.no_floats(sorted(leaf for name in floats if name in found for leaf in found[name].leaves()))
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         raise InputError(*problems[:LISTED], *more)
