@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 import aqtx
-from aqtx.commands import Command, apply, check, compare, eval, export, generate, ls, plan, report, study
+from aqtx.commands import Command, apply, check, compare, eval, export, generate, ls, package, plan, report, study
 from aqtx.errors import InputError, Notice, nearest, printable
 from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.machine.signals import Stopped, ending_signals
@@ -29,6 +29,7 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     compare.COMMAND,
     export.COMMAND,
+    package.COMMAND,
     generate.COMMAND,
     ls.COMMAND,
 )

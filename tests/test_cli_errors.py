@@ -115,6 +115,8 @@ def test_reports_exports_and_evaluations_of_nothing(tmp_path, capsys):
         ("report", str(tmp_path)),
         ("export", str(tmp_path), "--to", "dequantized"),
         ("generate", str(tmp_path), "--prompt", "x"),
+        ("package", str(tmp_path), str(tmp_path / "model.pt2")),
+        ("package", "tinymoe", str(tmp_path / "model.so")),
         ("eval", str(tmp_path)),
         ("eval", "tinymoe", "--plan", str(tmp_path / "none.json")),
         ("eval", "tinymoe", "--perplexity", "none", "--tasks", "helaswag", "--include-path", str(tmp_path)),

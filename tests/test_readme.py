@@ -72,6 +72,7 @@ def test_every_block_is_covered():
         ("recipes/README.md", "not run: needs the hub"),
         ("recipes/README.md", "not run: takes the better part of an hour"),
         ("recipes/README.md", "not run: tests of recipes and exports run these"),
+        ("recipes/README.md", "not run: slow tests of packages run these"),
         ("benchmarks/README.md", "not run: downloads a model and takes the better part of an hour"),
         ("benchmarks/README.md", "not run: needs the model made above, and an hour"),
         ("CONTRIBUTING.md", "not run: runs the whole suite"),

@@ -3,8 +3,16 @@
 import argparse
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aqtx.commands import Command
+from aqtx.commands.tables import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from aqtx.program.generate import Continues
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
     )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the model first, once, and keep that in the user's cache; without either option a compiled model "
+        "is taken where one is kept",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the prompt, then each piece of text as soon as its tokens are there."""
+    started = time.perf_counter()
     import torch
 
-    from aqtx.checkpoint.huggingface.generate import generator_of
-    from aqtx.checkpoint.open import open_program
     from aqtx.errors import InputError
     from aqtx.machine.devices import device_of
     from aqtx.program.generate import Sampling
@@ -35,36 +48,77 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
-    program = open_program(arguments.model, None).to(device_of(arguments.device))
-    if program.folder is None:
-        raise InputError(f"{arguments.model} has no folder with a tokenizer")
-    tokenizer = load_tokenizer(program.folder)
+    generator, folder, config = _open(arguments.model, device_of(arguments.device), arguments.compile)
+    tokenizer = load_tokenizer(folder)
     prompt = prompt_ids(tokenizer, arguments.prompt, chat=arguments.chat)
-    generator, written = generator_of(program), ""
     if not arguments.chat:
         print(arguments.prompt, end="", flush=True)
-    ends = program.config.get("eos_token_id")
-    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-
-    def stop(made: list[int]) -> bool:
-        nonlocal written
-        if made[-1] in stops:
-            return True
-        text = tokenizer.decode(made)
-        if not text.endswith("\ufffd"):  # half of a character: wait for its other token
-            sys.stdout.write(text[len(written) :])
-            sys.stdout.flush()
-            written = text
-        return False
-
-    random, started = torch.Generator().manual_seed(arguments.seed), time.perf_counter()
+    ends = config.get("eos_token_id")
+    text = _Text(tokenizer, {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])})
+    random = torch.Generator().manual_seed(arguments.seed)
     [made] = generator.continue_prompts(
-        [prompt], max_new_tokens=arguments.max_new_tokens, stop=stop, sampling=sampling, random=random
+        [prompt], max_new_tokens=arguments.max_new_tokens, stop=text.add, sampling=sampling, random=random
     )
     print()
-    rate = len(made) / (time.perf_counter() - started)
-    print(f"{len(made)} tokens behind a prompt of {len(prompt)}, {rate:.1f} tokens/s", file=sys.stderr)
+    print(f"{len(made)} tokens behind a prompt of {len(prompt)}{text.told(started)}", file=sys.stderr)
     return 0
+
+
+class _Text:
+    """What was made so far, on standard output as it comes."""
+
+    def __init__(self, tokenizer: Any, ends: set[int | None]) -> None:
+        self._tokenizer, self._ends, self._written = tokenizer, ends, ""
+        self._times: list[float] = []
+
+    def add(self, made: list[int]) -> bool:
+        """Write what the newest token adds; whether the text ends with it."""
+        self._times.append(time.perf_counter())
+        if made[-1] in self._ends:
+            return True
+        text = self._tokenizer.decode(made)
+        if not text.endswith("\ufffd"):  # half of a character: wait for its other token
+            sys.stdout.write(text[len(self._written) :])
+            sys.stdout.flush()
+            self._written = text
+        return False
+
+    def told(self, started: float) -> str:
+        """When the first token came, and how fast the others followed."""
+        first, last = self._times[0], self._times[-1]
+        rate = f", {(len(self._times) - 1) / (last - first):.1f} tokens/s after it" if last > first else ""
+        return f": the first after {first - started:.2f} s{rate}"
+
+
+def _open(model: str, device: "torch.device", compiled: bool | None) -> tuple["Continues", Path, dict[str, Any]]:
+    """A generator, compiled where one is kept or asked for; the folder of its tokenizer; its config."""
+    from aqtx.checkpoint import package_cache
+    from aqtx.checkpoint.huggingface.generate import generator_of
+    from aqtx.checkpoint.locate import locate
+    from aqtx.checkpoint.open import open_program
+    from aqtx.errors import InputError
+    from aqtx.models import load_config
+    from aqtx.program.generate import Generator
+
+    folder = None if Path(model).suffix == ".gguf" else locate(model)
+    package = None
+    if folder is not None and compiled is not False:
+        package = package_cache.find(folder, device)
+    if folder is not None and package is not None:
+        return Generator.over(package), folder, load_config(folder)
+    program = open_program(model, None).to(device)
+    if program.folder is None:
+        raise InputError(f"{model} has no folder with a tokenizer")
+    if not compiled:
+        return generator_of(program), program.folder, program.config
+    if folder is None:
+        raise InputError(f"{model} is a file, and only folders are compiled; leave --compile out")
+    print(f"aqtx: compiling {model}, once; this may take minutes", file=sys.stderr)
+    began = time.perf_counter()
+    package, file = package_cache.make(folder, program)
+    took, size = time.perf_counter() - began, format_bytes(file.stat().st_size)
+    print(f"aqtx: compiled in {took:.0f} s and kept as {file} ({size})", file=sys.stderr)
+    return Generator.over(package), folder, program.config
 
 
 COMMAND = Command(

@@ -46,7 +46,7 @@ def lower(x: Tensor, buckets: Sequence[Bucket], slots: list[int], offsets: Tenso
     """The grouped linear of packed experts, by the chosen lowering."""
     choice = _lowering.get()
     if choice == "dense" or (choice == "auto" and x.device.type != "cpu"):
-        return _dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
+        return dense_product(x, dequantize_all(buckets, slots, x.dtype), offsets)
     num_outputs = buckets[0].parts["qdata"].shape[1]
     known = all(kernel.decodes(bucket.fmt) for bucket in buckets)
     if known and x.dtype in KERNEL_DTYPES and kernel.serves(x.device):
@@ -66,7 +66,8 @@ def dequantize_all(buckets: Sequence[Bucket], slots: list[int], dtype: torch.dty
     return torch.stack([experts[slot] for slot in slots])
 
 
-def _dense_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def dense_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_linear` of a plain stack; on a GPU in bf16 by torch's own op, which compiles without Python."""
     if x.device.type == "cuda" and x.dtype is torch.bfloat16:
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     return torch.ops.aqtx.grouped_linear(x, weight, offsets)

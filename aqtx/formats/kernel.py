@@ -40,7 +40,8 @@ def available() -> bool:
     if os.environ.get("AQTX_KERNEL", "auto") == "off" or sys.platform != "linux":
         return False
     try:
-        torch.ops.load_library(str(_built()))
+        if not hasattr(torch.ops.aqtx_cpu, "linear"):  # a copy that came with a package may be loaded already
+            torch.ops.load_library(str(library()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sys.stderr.write(f"aqtx: no compiled CPU kernel, plain torch is used instead ({reason})\n")
@@ -59,8 +60,8 @@ def decodes(fmt: Format) -> bool:
     return not fmt.is_packed or fmt.scale.name in SCALE_KINDS
 
 
-def _built() -> Path:
-    """The library's file, built if it is not there."""
+def library() -> Path:
+    """The library's file, built if it is not there; OSError or SubprocessError where it cannot be."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler found")

@@ -47,7 +47,7 @@ def _private() -> Path:
 
 def is_trusted(library: Path) -> bool:
     """Whether a library is this user's alone, and whole."""
-    note = _note(library)
+    note = note_of(library)
     try:
         if not (_is_own(library) and _is_own(note) and _is_own(library.parent)):
             return False
@@ -59,11 +59,11 @@ def is_trusted(library: Path) -> bool:
 def keep(made: Path, library: Path) -> None:
     """Move a library that was just built to its place, with its size and digest beside it."""
     made.chmod(0o700)
-    note = _note(made)
+    note = note_of(made)
     note.write_text(_told(made), encoding="ascii")
     note.chmod(0o600)
     os.replace(made, library)  # whole or not at all, also with two builders at once
-    os.replace(note, _note(library))
+    os.replace(note, note_of(library))
 
 
 def _is_own(path: Path) -> bool:
@@ -71,7 +71,8 @@ def _is_own(path: Path) -> bool:
     return found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & _OTHERS
 
 
-def _note(library: Path) -> Path:
+def note_of(library: Path) -> Path:
+    """The file with a library's size and digest."""
     return library.with_name(library.name + ".sha256")
 
 

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
+from aqtx.program.cache_spec import CacheSpec, of_graph
+from aqtx.program.package import Package
 from aqtx.program.program import Program
-from aqtx.program.token_ids import check_ids, check_length
+from aqtx.program.token_ids import num_positions, num_tokens, refuse_ids, refuse_length
 
+Step = Callable[[Tensor, Tensor, Tensor, list[Tensor]], Tensor]  # ids [B, S], pos [S], start [B], cache -> logits
 Stop = Callable[[list[int]], bool]
 
 
@@ -79,21 +82,32 @@ class Generator:
     """Continues prompts. Hold one for many calls: the step graph is bound to its weights once."""
 
     def __init__(self, program: Program) -> None:
-        self._program, self._device = program, program.device
+        self._device = program.device
+        self._limits = num_tokens(program), num_positions(program)
+        self._specs: list[CacheSpec] = []
         try:
-            self._step = program.module("step")
+            self._step: Step = program.module("step")
         except InputError:  # transformers' own module: each token costs a pass over the whole text
             self._score = program.module("score")
-            self._caches: list[Tensor] = []
             return
-        # After ids, pos and start come the caches, traced with symbols in the place of the batch and of slots.
-        placeholders = [node for node in program.entry("step").graph.nodes if node.op == "placeholder"][3:]
-        self._caches = [node.meta["val"] for node in placeholders]
+        self._specs = of_graph(program.entry("step"))
+
+    @classmethod
+    def over(cls, package: Package) -> "Generator":
+        """A generator over a compiled `step`."""
+        made = cls.__new__(cls)
+        made._step, made._specs, made._device, made._limits = (
+            package.step,
+            package.caches,
+            package.device,
+            package.limits,
+        )
+        return made
 
     @property
     def has_cache(self) -> bool:
         """Whether a token costs one step, and not a pass over the whole text."""
-        return bool(self._caches)
+        return bool(self._specs)
 
     def continue_greedily(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Stop = lambda _: False
@@ -113,9 +127,10 @@ class Generator:
     ) -> list[list[int]]:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
         random = torch.Generator().manual_seed(0) if random is None else random
-        check_ids(self._program, map(torch.tensor, prompts), "the prompt")
+        tokens, positions = self._limits
+        refuse_ids(tokens, map(torch.tensor, prompts), "the prompt")
         longest = max(map(len, prompts)) + max_new_tokens
-        check_length(self._program, longest, "the prompt with what is to be written behind it")
+        refuse_length(positions, longest, "the prompt with what is to be written behind it")
         if not self.has_cache:
             return [self._rescore(list(prompt), max_new_tokens, stop, sampling, random) for prompt in prompts]
         width = max(len(prompt) for prompt in prompts)
@@ -182,38 +197,13 @@ class Generator:
 
     def make_cache(self, batch: int, slots: int) -> list[Tensor]:
         """An empty cache for `batch` sequences of up to `slots` tokens."""
-        return [
-            torch.zeros(
-                batch, *(_size(size, slots) for size in traced.shape[1:]), dtype=traced.dtype, device=self._device
-            )
-            for traced in self._caches
-        ]
+        return [spec.make(batch, slots, self._device) for spec in self._specs]
 
     def widen_cache(self, cache: list[Tensor], slots: int) -> list[Tensor]:
         """A cache with so many more slots behind those that it has; states have none and stay."""
-        return [_widened(part, traced, slots) for part, traced in zip(cache, self._caches, strict=True)]
+        return [spec.widen(part, slots) for part, spec in zip(cache, self._specs, strict=True)]
 
     def num_slots(self, cache: list[Tensor]) -> int:
         """How many slots a cache has."""
-        return next(
-            size
-            for part, traced in zip(cache, self._caches, strict=True)
-            for size, symbol in zip(part.shape[1:], traced.shape[1:], strict=True)
-            if _is_symbol(symbol)
-        )
-
-
-def _is_symbol(size: object) -> bool:
-    return isinstance(size, torch.SymInt)
-
-
-def _size(traced: int | torch.SymInt, slots: int) -> int:
-    return slots if _is_symbol(traced) else int(traced)
-
-
-def _widened(part: Tensor, traced: Tensor, slots: int) -> Tensor:
-    for place, size in enumerate(traced.shape[1:], 1):
-        if _is_symbol(size):
-            more = [slots if at == place else have for at, have in enumerate(part.shape)]
-            return torch.cat([part, part.new_zeros(more)], dim=place)
-    return part
+        found = (spec.slots(part) for part, spec in zip(cache, self._specs, strict=True))
+        return next(slots for slots in found if slots is not None)

@@ -36,7 +36,11 @@ def num_positions(program: Program) -> int | None:
 
 def check_ids(program: Program, sequences: Iterable[Tensor], what: str) -> None:
     """InputError where `what` holds ids that the model has no embedding for."""
-    rows = num_tokens(program)
+    refuse_ids(num_tokens(program), sequences, what)
+
+
+def refuse_ids(rows: int | None, sequences: Iterable[Tensor], what: str) -> None:
+    """InputError where `what` holds ids beyond an embedding of so many rows; None knows all."""
     if rows is None:
         return
     for number, ids in enumerate(sequences):
@@ -50,7 +54,11 @@ def check_ids(program: Program, sequences: Iterable[Tensor], what: str) -> None:
 
 def check_length(program: Program, length: int, what: str) -> None:
     """InputError where so many tokens in a row are more than the model has positions."""
-    most = num_positions(program)
+    refuse_length(num_positions(program), length, what)
+
+
+def refuse_length(most: int | None, length: int, what: str) -> None:
+    """InputError where so many tokens in a row are more than so many positions; None has no end."""
     if most is not None and length > most:
         raise InputError(f"{what} is {length} tokens, but the model has {most} positions; take {most} or fewer")
 

@@ -1,0 +1,144 @@
+"""An entry compiled ahead of time: one .pt2 file that holds code and packed weights, and needs no graph of ours.
+
+bound graph -> torch.export -> AOTInductor -> FILE.pt2, which torch loads in Python and in C++.
+
+On a CPU the ops that decode packed weights are those of the compiled kernel (`formats/kernel.py`), so whoever loads the
+package loads that library first. Without the kernel (AQTX_KERNEL=off) a matrix decodes in plain torch ops and the
+package needs nothing, but experts have no such form on a CPU. What would be called in Python is refused.
+"""
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from aqtx.errors import InputError
+from aqtx.formats import QuantizedTensor, kernel
+from aqtx.formats.grouped_linear_packed import dense_product
+from aqtx.formats.mixed import MixedExperts
+from aqtx.machine.files import writing
+from aqtx.program.cache_spec import CacheSpec, of_graph, to_text
+from aqtx.program.hadamard_op import OP as HADAMARD
+from aqtx.program.program import Program
+from aqtx.program.token_ids import num_positions, num_tokens
+from aqtx.version import __version__
+
+ENTRIES = ("step", "score")
+KERNEL_OPS = "aqtx_cpu::"
+_DYNAMIC = torch.export.Dim.DYNAMIC
+_GROUPED = torch.ops.aqtx.grouped_linear.default
+_PLAIN_SPEC = [16, 0, 0, 0, 0, 0, 0]  # as `kernel.spec_of` tells of a weight that is not packed
+_EXAMPLE = (2, 16, 32)  # sequences, tokens and cache slots to trace with; none of them may be 1, which is special
+
+
+def compile_entry(program: Program, entry: str, file: Path, told: Mapping[str, str]) -> bool:
+    """Write an entry of a program to `file`, whose name ends in .pt2; whether loading it takes the compiled kernel.
+
+    `told` goes into the package's metadata beside what `open_package` asks for.
+
+    Raises:
+        InputError: the model has no such entry, holds an op that only Python knows, or there is no C++ compiler.
+    """
+    module = cast(fx.GraphModule, program.module(entry))
+    _lower_plain_experts(module, program.device)
+    _refuse_python(module, program.device)
+    caches = of_graph(program.entry(entry)) if entry == "step" else []
+    arguments, dynamic = _inputs(caches, program.device)
+    with torch.no_grad():
+        exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+    told = {**told, "aqtx": __version__, "torch": torch.__version__, "entry": entry, "device": program.device.type}
+    limits = {"tokens": str(num_tokens(program)), "positions": str(num_positions(program))}
+    _compile(exported, file, {**told, **limits, "caches": to_text(caches)})
+    return _needs_kernel(file)
+
+
+def _compile(exported: torch.export.ExportedProgram, file: Path, told: Mapping[str, str]) -> None:
+    from torch._inductor import aot_compile, exc  # takes a second, and only packages need it
+    from torch._inductor.package.package import package_aoti
+
+    arguments, _ = exported.example_inputs
+    scratch = tempfile.mkdtemp(prefix="aqtx-package-")  # torch's own cache would keep a copy of all weights for ever
+    options = {"aot_inductor.package": True, "aot_inductor.output_path": scratch, "aot_inductor.metadata": dict(told)}
+    try:
+        with writing(file):
+            made = aot_compile(exported.module(check_guards=False), arguments, options=options)
+            package_aoti(str(file), cast(list[Any], made))
+    except exc.InvalidCxxCompiler:
+        raise InputError("a package is compiled C++, and there is no C++ compiler: install g++ or set CXX") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _inputs(caches: list[CacheSpec], device: torch.device) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Inputs to trace with, and which of their dimensions are dynamic."""
+    batch, length, slots = _EXAMPLE
+    ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+    free = {0: _DYNAMIC, 1: _DYNAMIC}
+    if not caches:
+        return (ids,), (free,)
+    pos, start = torch.arange(length, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    grows = [{0: _DYNAMIC} | {at: _DYNAMIC for at, size in enumerate(spec.sizes, 1) if size is None} for spec in caches]
+    made = [spec.make(batch, slots, device) for spec in caches]
+    return (ids, pos, start, made), (free, {0: _DYNAMIC}, {0: _DYNAMIC}, grows)
+
+
+def _lower_plain_experts(module: fx.GraphModule, device: torch.device) -> None:
+    """Experts that are not packed: the same products, bit for bit, by an op that is no Python."""
+    for node in module.graph.nodes:
+        if node.target is not _GROUPED or isinstance(_value(module, node.args[1]), QuantizedTensor | MixedExperts):
+            continue
+        if device.type != "cpu":
+            node.target = dense_product
+        elif kernel.available():
+            x, weight, offsets = node.args
+            experts, rows, _ = _value(module, weight).shape
+            node.target = torch.ops.aqtx_cpu.grouped.default
+            node.args = (x, offsets, [weight], _PLAIN_SPEC, list(range(experts)), rows)
+    module.recompile()
+
+
+def _refuse_python(module: fx.GraphModule, device: torch.device) -> None:
+    """InputError where a node would be called in Python by whoever runs the package."""
+    native = device.type != "cpu" or kernel.available()
+    for node in module.graph.nodes:
+        if getattr(node.target, "namespace", None) != "aqtx" or node.target is HADAMARD:
+            continue
+        if node.target is not _GROUPED:
+            raise InputError(
+                f"{node.target} of node {node.name} runs in Python only, so this model has no package; leave "
+                "activations unquantized (no `aq` in the plan)"
+            )
+        if not native:
+            raise InputError(
+                f"experts (node {node.name}) need the compiled kernel in a package for a CPU, and there is none: unset "
+                "AQTX_KERNEL, and install g++"
+            )
+
+
+def _value(module: nn.Module, node: fx.Node) -> Tensor:
+    """The weight that a get_attr node names."""
+    owner, _, leaf = str(node.target).rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), leaf)
+    return value
+
+
+def _needs_kernel(file: Path) -> bool:
+    """Whether the compiled code calls the kernel's ops; InputError where it calls one that Python would have to run."""
+    called = calls_of(file)
+    if python := sorted(name for name in called if name.startswith("aqtx::")):
+        raise InputError(f"the package would call {', '.join(python)} in Python, so there is none for this model")
+    return any(name.startswith(KERNEL_OPS) for name in called)
+
+
+def calls_of(file: Path) -> set[str]:
+    """Names of the ops that the code of a package calls through torch's dispatcher."""
+    with zipfile.ZipFile(file) as archive:
+        lists = [name for name in archive.namelist() if name.endswith(".wrapper.json")]  # none where it calls none
+        told = [node for name in lists for node in json.loads(archive.read(name))["nodes"]]
+    return {node["node"]["target"] for node in told}
