@@ -13,6 +13,9 @@ An arm plans from one source and rounds by GPTQ on one:
     prior          by role and depth as the plan of `text` has them: what a perfect relative would know
     alpha, alphaq, uniform, random 0 and 1     GPTQ on the model's own text, as in `own`
 
+`--foretold` prints, for the same plans rounded to nearest, what Fisher information on FORETOLD - SEQUENCES sequences of
+the shipped text that no plan has seen says that they lose: sharper than a loss, since nothing but the plans differ.
+
 All arms have equal bytes. The divergence is KL from the unrounded model's predictions on held-out text; the loss is
 that of the text itself. Finished arms stay in OUT/data_free/ and are not measured again; `--only TEXT` measures
 only those whose name begins so, and the same command started twice shares them.
@@ -26,10 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import aqtx
-from aqtx.commands.summary import format_interval
 from aqtx.evaluate.divergence import evaluate_divergence
 from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
 from aqtx.evaluate.statistics import paired_change
@@ -39,8 +42,12 @@ from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
 from aqtx.planning.arms import StudySpec
 from aqtx.planning.decide import decide
+from aqtx.planning.options import divide
 from aqtx.registry import Context
+from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
+from aqtx.sensitivity.fisher import losses_along
+from aqtx.sensitivity.measured import requests
 from aqtx.study.plans import plan_arm
 from aqtx.text import own_text
 from aqtx.text.calibration_spec import CalibrationSpec
@@ -50,6 +57,7 @@ from benchmarks.arms import file_of, measured
 Found = dict[str, Any]
 CANDIDATES = ("int2", "int3", "mxfp4", "mxfp6", "mxfp8")
 SEQUENCES, LENGTH, WINDOW = 64, 256, 512
+FORETOLD = 480
 SOURCES = ("text", "own", "own4", "own frequency", "random tokens")
 # arm -> the source of its Fisher information or the method of its plan, and the source of GPTQ
 ARMS = {
@@ -114,6 +122,18 @@ class Bench:
         arms = [arm for arm in spec.arms(settings) if by_fisher or arm.seed == int(seed or 0)]
         return {f"{arm.bits:g}": plan_arm(program, arm, context)[0].to_json() for arm in arms}
 
+    def unseen(self) -> Found:
+        """By matrix what each format loses on each unseen sequence, in nats per token: {site: {format: [...]}}."""
+        program = aqtx.trace(self.model)
+        assert program.folder is not None
+        spec = CalibrationSpec(num_sequences=FORETOLD, sequence_length=LENGTH)
+        settings = AssignPlan(candidates=CANDIDATES, average_bits=4.0)
+        wanted = requests(divide(program, settings).planned, settings.formats)
+        text = calibration(spec, load_tokenizer(program.folder))
+        found = losses_along(program, wanted, text, Context(quiet=True))
+        names = [fmt.name for fmt in settings.formats]
+        return {site: dict(zip(names, losses[:, SEQUENCES:].tolist(), strict=True)) for site, losses in found.items()}
+
     def _prior(self, bits: float) -> Found:
         """The plan that follows the profile of the plan from text."""
         told = self.read("plans text")[f"{bits:g}"]
@@ -152,10 +172,26 @@ class Bench:
         if "prior" in plans:
             plans = dict.fromkeys(["text", *plans])
         found |= {f"plans {plan}": partial(self.plans, plan) for plan in plans}
+        found["unseen"] = self.unseen
         found["model"] = partial(self.score, None)
         for bits in self.bits:
             found |= {f"at {bits:g} {arm}": partial(self.score, *ARMS[arm], bits) for arm in arms}
         return found
+
+
+def foretold(bench: Bench, arms: list[str]) -> str:
+    """Markdown: a row for each plan and budget; intervals over sequences, paired with `text`."""
+    losses = bench.read("unseen")
+    lines = ["| bits | plan | loss foretold, thousandths of a nat | over that of `text` |", f"|{'---|' * 4}"]
+    for bits in bench.bits:
+        total: dict[str, np.ndarray] = {}
+        for plan in dict.fromkeys(["text", *(ARMS[arm][0] for arm in arms)]):
+            sites = bench.read(f"plans {plan}")[f"{bits:g}"]["sites"]
+            total[plan] = sum(np.array(losses[site][sites[site]["format"]]) for site in losses)
+            own = bootstrap_ratio(1000 * total[plan], np.ones(len(total[plan]))).to_json()
+            over = "" if plan == "text" else interval(bootstrap_ratio(total[plan], total["text"]).to_json())
+            lines.append(f"| {bits:g} | `{plan}` | {interval(own, 2)} | {over} |")
+    return "\n".join(lines)
 
 
 def table(found: dict[str, Found], arms: list[str], bits: tuple[float, ...]) -> str:
@@ -173,11 +209,11 @@ def table(found: dict[str, Found], arms: list[str], bits: tuple[float, ...]) -> 
         for arm, row in rows.items():
             own = bootstrap_ratio(1000 * scores[arm].nll, scores[arm].num_tokens)
             over = bootstrap_ratio(scores[arm].nll, scores["text"].nll)
-            cells = [f"{budget:g}", f"`{arm}`", f"{row['bits']:.3f}", format_interval(own.to_json(), ".2f")]
-            cells += ["", format_interval(paired_change(before, losses[arm]).to_json(), "+.4f"), ""]
+            cells = [f"{budget:g}", f"`{arm}`", f"{row['bits']:.3f}", interval(own.to_json(), 2)]
+            cells += ["", interval(paired_change(before, losses[arm]).to_json(), 4, signed=True), ""]
             if arm != "text":
-                cells[4] = format_interval(over.to_json(), ".3f")
-                cells[6] = format_interval(paired_change(losses["text"], losses[arm]).to_json(), "+.4f")
+                cells[4] = interval(over.to_json())
+                cells[6] = interval(paired_change(losses["text"], losses[arm]).to_json(), 4, signed=True)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -190,6 +226,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of held-out text (default: all)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--only", help="measure only what begins so, and print what there is")
+    parser.add_argument("--foretold", action="store_true", help="print what the plans are foretold to lose")
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -197,7 +234,12 @@ def main() -> None:
     bench = Bench(arguments.model, folder, tuple(arguments.bits), arguments.tokens)
     steps = bench.steps(arguments.arms)
     only = {name: step for name, step in steps.items() if name.startswith(arguments.only or "")}
+    if arguments.foretold:
+        only = {name: step for name, step in steps.items() if name.startswith(("text", "plans", "unseen"))}
     measured(folder, only)
+    if arguments.foretold:
+        print(foretold(bench, arguments.arms))
+        return
     found = measured(
         folder, {name: step for name, step in steps.items() if (folder / f"{name.replace(' ', '-')}.json").exists()}
     )

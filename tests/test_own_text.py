@@ -32,7 +32,9 @@ def spec(**settings: object) -> CalibrationSpec:
 
 
 def test_first_tokens_cover_the_vocabulary_behind_the_start(program: Program) -> None:
-    ids = own_text.calibration(program, spec(num_sequences=VOCABULARY + 5, sequence_length=4), 0, None, start=[3, 5])
+    ids = own_text.calibration(
+        program, spec(num_sequences=VOCABULARY + 5, sequence_length=4, starts="uniform"), 0, None, start=[3, 5]
+    )
     assert ids.shape == (VOCABULARY + 5, 4)
     assert (ids[:, :2] == torch.tensor([3, 5])).all()
     assert sorted(ids[:VOCABULARY, 2].tolist()) == list(range(VOCABULARY))
@@ -111,7 +113,7 @@ def test_a_nucleus_keeps_the_likeliest_tokens_and_the_one_that_reaches_it() -> N
     [
         ({"source": "self", "temperature": 0}, "temperature is 0"),
         ({"source": "builtin", "temperature": 0.7}, "temperature is of the source self"),
-        ({"source": "builtin", "starts": "frequency"}, "starts is of the source self"),
+        ({"source": "builtin", "starts": "uniform"}, "starts is of the source self"),
         ({"source": "self", "starts": "often"}, "starts"),
         ({"source": "self", "tau": 1.0}, "tau is of the source ebss"),
     ],

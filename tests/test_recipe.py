@@ -85,7 +85,7 @@ def test_resolved_writes_every_default_and_no_output_path():
         "sequence_length": 256,
         "tau": None,
         "temperature": 1.0,
-        "starts": "uniform",
+        "starts": "frequency",
     }
     assert resolved["evaluate"]["batch_size"] == 8
     assert resolved["passes"] == ["emit"]

@@ -131,7 +131,9 @@ def _domains(found: dict[str, Any]) -> str:
     if not found.get("domains"):
         return ""
     words = "Predicted loss by domain of the calibration text, in nats per token. The regret is over the plan that is "
-    words += "best for the domain alone, at the same bytes."
+    words += (
+        "best for the domain alone, at the same bytes; held against the text that chose it, that plan looks too good."
+    )
     if gap := (found.get("worst_domain") or {}).get("gap"):
         words += f" The largest regret is at most {decimal(gap, 4)} of it above the least possible."
     rows = [

@@ -117,13 +117,14 @@ def study_markdown(data: dict[str, Any]) -> str:
     if told:
         lines += [f"Seconds to measure what the arms before had not: {told}.", ""]
     lines += _regrets(data.get("domains") or [])
-    lines += [
-        f"Rank correlation with the divergence measured on {data['trials']} matrices, one at a time:",
-        "",
-        "| sensitivity | all | within roles |",
-        "|---|---|---|",
-        *(f"| {row['method']} | {row['all']} | {row['within_roles']} |" for row in data["correlations"]),
-    ]
+    if data["trials"]:
+        lines += [
+            f"Rank correlation with the divergence measured on {data['trials']} matrices, one at a time:",
+            "",
+            "| sensitivity | all | within roles |",
+            "|---|---|---|",
+            *(f"| {row['method']} | {row['all']} | {row['within_roles']} |" for row in data["correlations"]),
+        ]
     return "\n".join(lines) + "\n"
 
 

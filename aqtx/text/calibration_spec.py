@@ -17,7 +17,7 @@ class CalibrationSpec:
     sequence_length: int = 256
     tau: float | None = None  # of the source ebss: the smaller, the more balanced; null is the published 1.2
     temperature: float = 1.0  # of the source self: what logits are divided by before a token is drawn
-    starts: Literal["uniform", "frequency"] = "uniform"  # of the source self: how first tokens cover the vocabulary
+    starts: Literal["uniform", "frequency"] = "frequency"  # of the source self: how first tokens cover the vocabulary
 
     def __post_init__(self) -> None:
         """Refuse numbers that no text can be cut by, and a temperature that nothing reads."""
@@ -34,7 +34,7 @@ class CalibrationSpec:
             problems.append(f"tau is {self.tau}, but must be above 0")
         if not 0 < self.temperature < float("inf"):
             problems.append(f"temperature is {self.temperature}, but must be above 0")
-        for name, default in (("temperature", 1.0), ("starts", "uniform")):
+        for name, default in (("temperature", 1.0), ("starts", "frequency")):
             if getattr(self, name) != default and "self" not in self.weights:
                 problems.append(f"{name} is of the source self, but the source is {self.source!r}: leave {name} out")
         if problems:
@@ -72,7 +72,7 @@ class CalibrationSpec:
             num_sequences=count,
             tau=self.tau if source == "ebss" else None,
             temperature=self.temperature if source == "self" else 1.0,
-            starts=self.starts if source == "self" else "uniform",
+            starts=self.starts if source == "self" else "frequency",
         )
 
 
