@@ -5,8 +5,8 @@ it). Nothing of aqtx is imported here.
 
     VLLM_PYTHON benchmarks/serve_vllm.py out/int4-compressed-tensors prompts.json result.json
 
-prompts.json: {"prompts": [[ids], ...], "start": [ids], "new_tokens": 32}. VLLM_CPU_INT4_W4A8=0 keeps the inputs of
-dense INT4 weights unrounded; for INT4 experts vLLM has only a kernel that rounds them to 8 bits.
+prompts.json: {"prompts": [[ids], ...], "start": [ids], "new_tokens": 32, "dtype": "bfloat16"}. VLLM_CPU_INT4_W4A8=0
+keeps the inputs of dense INT4 weights unrounded; for INT4 experts vLLM has only a kernel that rounds them to 8 bits.
 """
 
 import argparse
@@ -30,7 +30,8 @@ def serve(folder: Path, job: dict) -> dict:
 
     begun = time.perf_counter()
     longest = max(len(ids) for ids in [*job["prompts"], job["start"] + [0] * job["new_tokens"]])
-    model = LLM(model=str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=longest + 1, max_num_seqs=2)
+    dtype = job.get("dtype", "bfloat16")
+    model = LLM(model=str(folder), dtype=dtype, enforce_eager=True, max_model_len=longest + 1, max_num_seqs=2)
     loaded = time.perf_counter() - begun
     scoring = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     outputs = model.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], scoring)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import aqtx
 from aqtx.checkpoint.exports.run import export
@@ -127,3 +128,48 @@ def test_verification_names_what_differs(dense: Path, tmp_path: Path, monkeypatc
         export(dense, "compressed-tensors", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
     export(dense, "compressed-tensors", tmp_path / "out", verify=False)
+
+
+def decompressed(tensors: dict[str, torch.Tensor], key: str, bits: int, group: int) -> torch.Tensor:
+    """float32 values of an asymmetric INT matrix, unpacked by compressed-tensors' own function."""
+    from compressed_tensors.compressors import unpack_from_int32
+
+    shape = torch.Size(tensors[f"{key}_shape"].tolist())
+    codes = unpack_from_int32(tensors[f"{key}_packed"], bits, shape).float()
+    blocks = torch.Size((shape[0], shape[1] // group))
+    zero = unpack_from_int32(tensors[f"{key}_zero_point"], bits, blocks, packed_dim=0).float()
+    scale = tensors[f"{key}_scale"].float()
+    return ((codes.unflatten(1, (-1, group)) - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["int4_g32_asym", "int3_g32_asym", "int5_g32_asym", "int8_g32_asym"])
+def test_asymmetric_experts_are_what_compressed_tensors_unpacks(name: str, tmp_path: Path) -> None:
+    """For vLLM; transformers reads their zero points in a wrong shape and is told so."""
+    folder = quantized(write_checkpoint(tmp_path / "source"), tmp_path / "q", {"*.experts.*": name})
+    made = export(folder, "compressed-tensors", tmp_path / "out")
+    assert made.clients == ("vllm",) and any("transformers" in note for note in made.notes)
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    program, tensors = aqtx.load(folder), load_file(file)
+    bits, group, unlike = int(name[3]), int(name.split("_")[1][1:]), []
+    for site in program.sites():
+        if site.expert is not None:
+            found = decompressed(tensors, f"{site.name}.weight", bits, group)
+            own = program.stored(site).dequantize(torch.float32)
+            unlike += [] if torch.equal(found, own) else [site.name]
+    [scheme] = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    assert unlike == [] and scheme["weights"]["symmetric"] is False and scheme["weights"]["group_size"] == group
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "form"),
+    [("int8_row", "int8_row", "int-quantized"), ("mxfp8", "none", "mxfp8-quantized")],
+)
+def test_experts_that_transformers_does_not_load_are_for_vllm(
+    name: str, inputs: str, form: str, tmp_path: Path
+) -> None:
+    """transformers 5.24 finds no experts stored as plain `weight` in integers, and MX scales of a wrong shape."""
+    folder = quantized(write_checkpoint(tmp_path / "source"), tmp_path / "q", {"*.experts.*": name}, aq=inputs)
+    made = export(folder, "compressed-tensors", tmp_path / "out")
+    assert made.clients == ("vllm",) and any("not for transformers" in note for note in made.notes)
+    [group] = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    assert group["format"] == form and (group["input_activations"] is not None) == (inputs != "none")

@@ -26,8 +26,16 @@ def _vllm(fmt: Format, site: str) -> str | None:
 def _transformers(fmt: Format, site: str) -> str | None:
     if fmt.scale is NVFP4_SCALE and _is_expert(site):
         return "transformers computes NVFP4 experts wrongly, without a word"
+    if fmt.scale is E8M0 and fmt.element.bits == 8 and _is_expert(site):
+        return "transformers reads the scales of MXFP8 experts in a wrong shape"
     if fmt.asymmetric:
         return "transformers reads the zero points of asymmetric codes in a wrong shape"
+    return None
+
+
+def _transformers_inputs(site: str, activation: str) -> str | None:
+    if _is_expert(site) and activation.startswith("int8"):
+        return "transformers loads no W8A8 experts"
     return None
 
 
@@ -55,6 +63,7 @@ CLIENTS: dict[str, Client] = {
             why=("all experts of the model share one format",),
             refuses=_transformers,
             coded=_ALL_EXPERTS,
+            refuses_inputs=_transformers_inputs,
         ),
         Client(
             name="llama.cpp",

@@ -120,7 +120,8 @@ def write(job: Job) -> list[str]:
     else:
         assert program.folder is not None  # `check` found its tokenizer
         add_metadata(writer, _plain_config(job), program.folder, job.name)
-    tensors, outer, factors = entries(job), _outer_scales(job), _rope_factors(job)
+    tensors, factors = entries(job), _rope_factors(job)
+    outer = _outer_scales(job, tensors)
     for entry in tensors:
         shape = quant_shape_to_byte_shape(entry.shape, entry.kind) if entry.kind.value > 1 else entry.shape
         dtype = np.dtype(np.uint8 if entry.kind.value > 1 else np.float16 if entry.kind is Kind.F16 else np.float32)
@@ -163,10 +164,10 @@ def _plain_config(job: Job) -> dict[str, object]:
     return config
 
 
-def _outer_scales(job: Job) -> dict[str, np.ndarray]:
+def _outer_scales(job: Job, tensors: list[Entry]) -> dict[str, np.ndarray]:
     """NVFP4's scales per matrix, as tensors beside their weights."""
     made = {}
-    for entry in entries(job):
+    for entry in tensors:
         if entry.kind is Kind.NVFP4:
             value = job.program.stored(job.sites[entry.keys[0].removesuffix(".weight")])
             assert isinstance(value, QuantizedTensor) and value.per_tensor_scale is not None
@@ -222,8 +223,8 @@ def _plain(value: Tensor, kind: Kind) -> Bytes:
 
 def verify(job: Job) -> Checked:
     """Decode the file and compare every value and name with the program's."""
-    reader, checked = GgufReader(job.output), Checked()
-    for entry in entries(job):
+    reader, checked, tensors = GgufReader(job.output), Checked(), entries(job)
+    for entry in tensors:
         for index, key in enumerate(entry.keys):
             written = reader.decode(entry.name, index if entry.stacked else None, entry.heads)
             name = key.removesuffix(".weight")
@@ -234,7 +235,7 @@ def verify(job: Job) -> Checked:
             stored = job.program.stored(job.sites[name])
             assert isinstance(stored, QuantizedTensor)
             compare(checked, key, written, stored.dequantize(torch.float32), _half_step(stored))
-    names = {entry.name for entry in entries(job)} | _outer_scales(job).keys() | _rope_factors(job).keys()
+    names = {entry.name for entry in tensors} | _outer_scales(job, tensors).keys() | _rope_factors(job).keys()
     checked.problems += [f"{name} is missing" for name in sorted(names - reader.tensors.keys())]
     checked.problems += [f"{name} is one too many" for name in sorted(reader.tensors.keys() - names)]
     return checked

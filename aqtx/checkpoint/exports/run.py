@@ -144,6 +144,9 @@ def client_problems(job: Job, client: Client) -> list[str]:
             return target.form(fmt, columns) is not None and client.refuses(fmt, member) is None
 
         problems.append(no_form(client.name, parse(name), members, columns, runs, why))
+    inputs = {name: client.refuses_inputs(name, how) for name, how in job.activations().items() if name in job.formats}
+    told = [(name, why) for name, why in inputs.items() if why]
+    problems += [f"{client.name}: {told[0][1]}: {len(told)} matrices, first {told[0][0]}"] if told else []
     named = {name: job.formats[name].name if name in job.formats else None for name in sites}
     return [*problems, *client.unlike(named), *_unshared(job, client)]
 

@@ -27,6 +27,10 @@ def _nothing(fmt: Format, site: str) -> str | None:
     return None
 
 
+def _no_inputs(site: str, activation: str) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Client:
     """A program that runs what a target writes.
@@ -37,6 +41,7 @@ class Client:
         alike: patterns; sites with equal captures must share one format, or all stay unquantized.
         why: the reason of each pattern, in its order.
         refuses: (format, site) -> a sentence where this program cannot run what the target can hold.
+        refuses_inputs: (site, activation) -> a sentence where it cannot run what the target holds for rounded inputs.
         coded: pattern of sites that must all be quantized, if anything is.
         shared_scale: patterns; matrices in the NVFP4 format with equal captures need one outer scale.
     """
@@ -46,6 +51,7 @@ class Client:
     alike: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
     refuses: Callable[[Format, str], str | None] = _nothing
+    refuses_inputs: Callable[[str, str], str | None] = _no_inputs
     coded: str | None = None
     shared_scale: tuple[str, ...] = ()
 
