@@ -21,6 +21,7 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "deepseek": ("deepseek", "Deepseek"),
     "deepseek_v2": ("deepseek_v3", "DeepseekV3"),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3"),
+    "ernie4_5_moe": ("ernie4_5_moe", "Ernie45Moe"),
     "gemma3_text": ("gemma3", "Gemma3"),
     "glm4_moe": ("glm4_moe", "Glm4Moe"),
     "gpt_oss": ("gpt_oss", "GptOss"),

@@ -78,6 +78,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotated:
             rotation = at.window_rotation if self.windowed else at.rotation
+            if self.config.rotated_pairs:
+                q, k = pairs_to_halves(q), pairs_to_halves(k)
             q, k = rotate_half(q, rotation), rotate_half(k, rotation)
         if cache is not None and at.slots is not None:
             k, v = cache[0].index_copy_(2, at.slots, k), cache[1].index_copy_(2, at.slots, v)
@@ -109,6 +111,11 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> tuple[Tensor,
     q = F.pad(q, (0, SINK_COLUMNS)) + F.pad(scores.view(-1, 1, 1), (size, SINK_COLUMNS - 1))
     slot = F.pad(F.pad(torch.zeros_like(k[:, :, :1]), (0, 1), value=1.0), (0, SINK_COLUMNS - 1))
     return q, torch.cat((slot, F.pad(k, (0, SINK_COLUMNS))), dim=2), F.pad(v, (0, 0, 1, 0))
+
+
+def pairs_to_halves(x: Tensor) -> Tensor:
+    """Neighbours put half a head apart, in queries and keys alike, so that their products stay."""
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
 def rotate_half(x: Tensor, rotation: Rotation) -> Tensor:

@@ -98,12 +98,14 @@ class DecoderConfig:
     embedding_scale: float | None = None  # rounded to the model's dtype, as Gemma does
     embedding_multiplier: float = 1.0  # not rounded, as Granite does
     logits_divisor: float = 1.0
+    rotated_pairs: bool = False  # positions turn neighbours, not the halves of a head
     sinks: bool = False  # each query head may attend to nothing, with a learned score
     tie_word_embeddings: bool
     rotary_size: int  # dimensions of a head that positions rotate, the first ones
     softmax_scale: float | None = None  # of attention scores; None is head_size^-1/2
     qkv_bias: bool = False
     out_bias: bool = False
+    head_bias: bool = False
     output_gate: bool = False  # queries come with a sigmoid gate on what attention puts out
     qk_norm: str | None = None  # "row": over all heads together, "head": each head by itself
     clip_qkv: float | None = None

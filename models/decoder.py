@@ -76,7 +76,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.decoder_config = config
         self.model = Decoder(config, blocks, norm)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aqtx.models.attention import Cache, CacheShape, Positions, rotate_half
+from aqtx.models.attention import Cache, CacheShape, Positions, pairs_to_halves, rotate_half
 from aqtx.models.config import DecoderConfig, Fields
 from aqtx.models.layers import RMSNorm
 
@@ -106,7 +106,4 @@ class LatentAttention(nn.Module):
         return projected
 
     def _rotate(self, x: Tensor, at: Positions) -> Tensor:
-        """Pairs are brought into halves first: queries and keys alike, so that their products stay."""
-        if self.latent.interleaved:
-            x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
-        return rotate_half(x, at.rotation)
+        return rotate_half(pairs_to_halves(x) if self.latent.interleaved else x, at.rotation)

@@ -58,6 +58,7 @@ OSS = {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16, "slidin
 OSS_ROPE = {"rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False}}
 GRANITE = {"num_local_experts": 8, "num_experts_per_tok": 3, "attention_multiplier": 0.2, "embedding_multiplier": 6.0}
 GRANITE |= {"residual_multiplier": 0.37, "logits_scaling": 1.5}
+ERNIE = {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 24}
 GLM_MOE = ROUTED | {"head_dim": 16, "n_group": 1, "topk_group": 1}
 
 # name -> (model_type, settings beside SMALL)
@@ -128,6 +129,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3-yarn": (
         "deepseek_v3",
         LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "ernie-moe": ("ernie4_5_moe", ERNIE),
+    "ernie-moe-steps": (
+        "ernie4_5_moe",
+        ERNIE
+        | {"moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 2, "use_bias": True}
+        | {"moe_num_shared_experts": 0, "tie_word_embeddings": True, "moe_norm_min": 0.5},
     ),
     "gemma3": (
         "gemma3_text",

@@ -33,6 +33,7 @@ FAMILIES = (
     "qwen3-5-moe",
     "gpt-oss",
     "granitemoe",
+    "ernie-moe",
     "deepseek-v2",
     "deepseek-v3",
     "glm4-moe",

@@ -6,6 +6,7 @@ They are the same for all families but those whose checkpoints keep the names of
 _OWN = {  # model_type -> (on disk, in transformers' modules)
     "mixtral": ((".block_sparse_moe.", ".mlp."), (".w1", ".gate_proj"), (".w3", ".up_proj"), (".w2", ".down_proj")),
     "granitemoe": ((".router.layer", ".router"),),
+    "ernie4_5_moe": ((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
 }
 
 
