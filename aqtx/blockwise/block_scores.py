@@ -110,6 +110,7 @@ class BlockScorer:
         for batch in range(len(runner.stream)):
             values = {**runner.stream.read(batch, runner.device), **weights}
             yield self._logits(block, values, logits)
+            release_unused()  # batches of many lengths leave a heap full of holes
 
     def _logits(self, block: Block, values: Values, logits: fx.Node) -> Tensor:
         found: Tensor = evaluate(block.nodes, values, {logits}, device=self.program.device)[logits]
