@@ -94,11 +94,12 @@ def run(source: Path, output: Path, limit: str) -> None:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"source {size / 1e9:.2f} GB, written {written / 1e9:.2f} GB")
     print(f"{report['average_bits']:.4f} bits a planned weight")
-    evaluations = report["evaluation_seconds"]
-    stages = [(f"evaluate {moment}", seconds) for moment, seconds in evaluations.items()]
-    stages[1:1] = [(row["name"], row["seconds"]) for row in report["passes"]]
-    for name, seconds in stages:
-        print(f"  {name:<16}{seconds:>9.1f} s")
+    stages = {f"evaluate {moment}": told for moment, told in report["evaluations"].items()}
+    stages |= {row["name"]: row for row in report["passes"]}
+    for need in estimated:
+        told = stages[need.stage]
+        seconds, measured = told["seconds"], told["peak_memory_bytes"]
+        print(f"  {need.stage:<16}{seconds:>9.1f} s  {measured / 1e9:>6.2f} GB, estimated {need.peak / 1e9:.2f}")
     largest = max(need.peak for need in estimated)
     print(
         f"{time.perf_counter() - started:.0f} s in all; RssAnon + RssShmem at most {peak.num_bytes / 1e9:.2f} GB, "

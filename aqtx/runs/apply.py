@@ -20,7 +20,7 @@ from aqtx.evaluate.statistics import perplexity_report
 from aqtx.evaluate.tasks import TaskScores
 from aqtx.machine.files import read_json, read_record, write_record, write_text
 from aqtx.machine.marker import add_names, claim, run_of
-from aqtx.machine.memory import peak_bytes, room_for_work
+from aqtx.machine.memory import PeakMemory, peak_bytes, room_for_work
 from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.machine.ranks import ALONE, Ranks
 from aqtx.program.accounting import account, original_bytes
@@ -126,7 +126,7 @@ class _Runner:
         self.context = recipe_context(recipe, self.program, work=work, quiet=quiet or not ranks.leads)
         self.context.ranks = ranks
         self.rows: list[dict[str, Any]] = []
-        self.evaluation_seconds: dict[str, float] = {}
+        self.evaluations: dict[str, dict[str, float]] = {}
 
     def run(self) -> Report:
         if not self.ranks.leads:
@@ -159,7 +159,7 @@ class _Runner:
             "passes": self.rows,
             "peak_memory_bytes": peak_bytes(),
             "seconds": round(time.perf_counter() - self.started, 2),
-            "evaluation_seconds": self.evaluation_seconds,
+            "evaluations": self.evaluations,
             "versions": versions(),
             "settings": self.recipe.resolved(),
         }
@@ -216,14 +216,16 @@ class _Runner:
         if self.ranks.gather(file.exists())[0]:
             return DocumentScores.from_json(read_record(file))
         spec, started = self.recipe.evaluate, time.perf_counter()
-        scores = evaluate_perplexity(
-            replace(self._scorer(), record=f"scores-{moment}"),
-            documents,
-            window=window_of(self.program.config, spec.window),
-            batch_size=spec.batch_size,
-            progress=self.context.progress,
-        )
-        self.evaluation_seconds[moment] = round(time.perf_counter() - started, 2)
+        with PeakMemory() as peak:
+            scores = evaluate_perplexity(
+                replace(self._scorer(), record=f"scores-{moment}"),
+                documents,
+                window=window_of(self.program.config, spec.window),
+                batch_size=spec.batch_size,
+                progress=self.context.progress,
+            )
+        seconds = round(time.perf_counter() - started, 2)
+        self.evaluations[moment] = {"seconds": seconds, "peak_memory_bytes": peak.num_bytes}
         if self.ranks.leads:
             write_record(file, scores.to_json())
         return scores

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
-from aqtx.machine.memory import release_unused
+from aqtx.machine.memory import PeakMemory, release_unused
 from aqtx.machine.one_dnn import keep_few_kernels
 from aqtx.program.program import Program
 from aqtx.registry import Calibration, Changes, Context, Pass
@@ -23,6 +23,7 @@ class PassRow:
     name: str
     seconds: float
     changes: Changes
+    peak_memory_bytes: int  # of the process while the pass ran: RssAnon + RssShmem
     max_difference: float | None = None
     tolerance: float | None = None
 
@@ -31,6 +32,7 @@ class PassRow:
         return {
             "name": self.name,
             "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "changed": len(self.changes.changed),
             "refused": [{"site": refusal.site, "why": refusal.why} for refusal in self.changes.refused],
             "max_difference": self.max_difference,
@@ -77,11 +79,12 @@ class Run:
         before = probe_outputs(self.program, probe) if probe is not None else None
         started = time.perf_counter()
         try:
-            changes = step.run(self.program, self.context)
+            with PeakMemory() as peak:
+                changes = step.run(self.program, self.context)
             release_unused()  # the next pass counts on it
         except InputError as error:
             raise InputError(*(f"passes.{place}.{step.name}: {problem}" for problem in error.problems)) from error
-        row = PassRow(step.name, time.perf_counter() - started, changes)
+        row = PassRow(step.name, time.perf_counter() - started, changes, peak.num_bytes)
         check_graphs(self.program)
         if probe is not None and before is not None:
             self._check_exact(row, before, probe_outputs(self.program, probe))
