@@ -204,6 +204,28 @@ def test_mxfp4_is_read_as_transformers_reads_it_and_its_codes_come_back(tmp_path
         assert torch.equal(again["scale"], scales)
 
 
+def test_any_mxfp4_keeps_its_values_and_where_a_block_is_full_its_codes(tmp_path: Path) -> None:
+    """A block whose largest code is below 4 fits a smaller scale, under which its codes are larger ones."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (1, 64, 4, 16), generator=generator, dtype=torch.uint8)
+    codes[0, ::3] &= 0x33  # none above 1.5
+    scales = torch.randint(100, 150, (1, 64, 4), generator=generator, dtype=torch.uint8)
+    with_config(tmp_path, quant_method="mxfp4")
+    reader = reader_of(tmp_path, w_blocks=codes, w_scales=scales)
+    values = reader.get("w")[0].t()
+    table = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    nibbles = np.stack([codes.numpy() & 15, codes.numpy() >> 4], -1).reshape(64, 128)
+    wanted = table[nibbles] * np.exp2(scales.numpy().astype(np.float32) - 127).repeat(32).reshape(64, 128)
+    assert np.array_equal(values.numpy(), wanted)
+    again = quantize(values.contiguous(), "mxfp4@floor")
+    assert torch.equal(again.dequantize(torch.float32), values)
+    full = torch.from_numpy(np.abs(table[nibbles]).reshape(64, 4, 32).max(-1) >= 4)
+    assert 0 < int(full.sum()) < full.numel()
+    parts = again.to_disk()
+    assert torch.equal(parts["scale"][full], scales[0][full])
+    assert torch.equal(parts["qdata"].unflatten(-1, (4, 16))[full], codes[0][full])
+
+
 GROUPED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 # name -> format, weights' arguments, shape of the scales of a weight of 48 x 96, kind as it is told
 COMPRESSED: dict[str, tuple[str, dict[str, Any], tuple[int, ...], str]] = {
@@ -340,6 +362,16 @@ def test_what_is_not_understood_is_one_sentence_before_anything_is_read(
     assert code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_config_is_enough_for_a_plan_without_weights(tmp_path: Path) -> None:
+    from aqtx.checkpoint.open import open_program
+
+    settings = {**WIDE, "model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    program = open_program(tmp_path, None, config_only=True)
+    assert "quantization_config" not in program.config
+    assert len(program.sites()) == 2 * 7 + 1
 
 
 def test_a_file_beside_the_config_that_tells_of_packing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from aqtx.checkpoint.checks import check_named_weights, read_quantization, verif
 from aqtx.checkpoint.exports.gguf_source import GgufSource
 from aqtx.checkpoint.huggingface.open import foreign_source, fused_source, trace_foreign, trace_loaded
 from aqtx.checkpoint.locate import locate
-from aqtx.checkpoint.packed.open import PACKED_KEYS, open_reader, packing_of
+from aqtx.checkpoint.packed.open import open_reader, packing_of, plain_config
 from aqtx.checkpoint.reader import CheckpointReader, declared_dtype
 from aqtx.checkpoint.source import CheckpointSource
 from aqtx.checkpoint.tied import untied
@@ -78,16 +78,16 @@ def open_program(
     folder = locate(source)
     config = load_config(folder)
     check_named_weights(config, folder)
-    packing_of(config, folder)
+    packing = packing_of(config, folder)
     formats, edits = read_quantization(config, folder)
     if check_files:
         verify(folder)
     if config_only:
-        return _without_weights(config, dtype, folder)
+        return _without_weights(plain_config(config, packing), dtype, folder)
     reader = open_reader(folder, config, dtype)
-    if reader.found is not None:  # from here on the weights are plain
+    if reader.found is not None:
         warnings.warn(f"source: {reader.found}", Notice, stacklevel=2)
-        config = {key: value for key, value in config.items() if key not in PACKED_KEYS}
+    config = plain_config(config, packing)
     dtype = dtype or reader.dtype()
     weights = CheckpointSource(reader, formats, dtype)
     if supported(config):

@@ -14,7 +14,7 @@ from aqtx.checkpoint.reader import CheckpointReader
 from aqtx.errors import InputError
 
 OURS = "aqtx"
-PACKED_KEYS = ("quantization_config", "compression_config")
+_SECTIONS = ("quantization_config", "compression_config")
 _FP8 = ("fp8", "fbgemm_fp8")
 _READ = "FP8 with real scales, MXFP4 as of gpt-oss, compressed-tensors"
 
@@ -25,7 +25,7 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     Raises:
         InputError: weights are packed in a way that is not understood; one sentence that names it.
     """
-    section = next((config[key] for key in PACKED_KEYS if config.get(key) is not None), None)
+    section = next((config[key] for key in _SECTIONS if config.get(key) is not None), None)
     where = f"{folder / 'config.json'}: quantization_config"
     if section is None:
         if (folder / "hf_quant_config.json").is_file():
@@ -49,6 +49,13 @@ def packings(model_type: str | None) -> tuple[str, ...]:
 def _refusal(where: str, method: Any) -> str:
     told = f"{where}: the checkpoint is quantized already, by {method!r:.80}, which aqtx does not read"
     return f"{told} (it reads {_READ}); give the model that it was made from"
+
+
+def plain_config(config: dict[str, Any], packing: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the model whose weights are read: without what others packed, which is plain from there on."""
+    if packing.get("quant_method") in (None, OURS):
+        return config
+    return {key: value for key, value in config.items() if key not in _SECTIONS}
 
 
 def open_reader(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> CheckpointReader:

@@ -54,8 +54,10 @@ class PackedReader(CheckpointReader):
         self._unread = len(unread)
 
     @property
-    def found(self) -> str:
+    def found(self) -> str | None:
         """What is packed, in words: "fp8 e4m3, blocks 128 x 128"."""
+        if not self._packed:
+            return None
         kinds = "; ".join(sorted({weight.kind for weight in self._packed.values()}))
         return f"{kinds} ({self._unread} scales of inputs left out)" if self._unread else kinds
 
