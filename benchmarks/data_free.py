@@ -6,6 +6,7 @@
 An arm plans from one source and rounds by GPTQ on one:
 
     text           both from the shipped calibration text, what the others are compared with
+    text rounds    the same with `rounds: 2`, Fisher information measured again at the first plan's weights
     own, own4      both from text that the model wrote, as many tokens and four times as many
     own frequency  the same, its first tokens drawn by how often the model itself writes them
     own + text     plan from the model's own text, GPTQ on the shipped text
@@ -62,6 +63,7 @@ SOURCES = ("text", "own", "own4", "own frequency", "random tokens")
 # arm -> the source of its Fisher information or the method of its plan, and the source of GPTQ
 ARMS = {
     **{source: (source, source) for source in SOURCES},
+    "text rounds": ("text rounds", "text"),
     "own + text": ("own", "text"),
     "uniform": ("uniform", "own"),
     "alpha": ("alpha", "own"),
@@ -106,6 +108,8 @@ class Bench:
         by_fisher = kind in SOURCES
         ids = torch.tensor(self.read(f"text {kind}")["ids"]) if by_fisher else None
         context = Context(quiet=True, load_calibration=None if ids is None else lambda: ids)
+        if kind == "text rounds":
+            return {f"{bits:g}": self._rounds(bits) for bits in self.bits}
         if kind == "prior":
             return {f"{bits:g}": self._prior(bits) for bits in self.bits}
         if not by_fisher:
@@ -121,6 +125,13 @@ class Bench:
         )
         arms = [arm for arm in spec.arms(settings) if by_fisher or arm.seed == int(seed or 0)]
         return {f"{arm.bits:g}": plan_arm(program, arm, context)[0].to_json() for arm in arms}
+
+    def _rounds(self, bits: float) -> Found:
+        """The plan from text, made twice."""
+        ids = torch.tensor(self.read("text text")["ids"])
+        settings = AssignPlan(candidates=CANDIDATES, average_bits=bits, fisher_sequences=len(ids), rounds=2)
+        context = Context(quiet=True, load_calibration=lambda: ids)
+        return decide(aqtx.trace(self.model), settings, context).plan.to_json()
 
     def unseen(self) -> Found:
         """By matrix what each format loses on each unseen sequence, in nats per token: {site: {format: [...]}}."""

@@ -89,5 +89,5 @@ def _plain(base: Settings) -> Settings:
     """The recipe's settings without what names a size or belongs to one method; a pass becomes plain settings."""
     names: Iterable[str] = Settings.__dataclass_fields__
     fields = {name: getattr(base, name) for name in names}
-    plain = {"budget_bytes": None, "plan": None, "prior": None, "activations": "none", "objective": "mean"}
+    plain = {"budget_bytes": None, "plan": None, "prior": None, "activations": "none", "objective": "mean", "rounds": 1}
     return Settings(**{**fields, **plain})

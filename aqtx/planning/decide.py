@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aqtx.errors import InputError
@@ -62,6 +63,9 @@ def decide(program: Program, settings: Settings, context: Context) -> Decision:
     else:
         found, facts = _solved(cost, options, settings, budget)
         details |= facts
+        if settings.rounds > 1:
+            found, cost, details["rounds"] = _rounds(program, (cost, found), options, settings, context)
+            details |= _by_domain(options, settings, budget, found)
         if settings.target != FREE:
             details["target"] = _price(cost, options, settings, budget, found)
     plan = _plan(program, division, options, settings, (found.choice, cost, found))
@@ -129,15 +133,41 @@ def _solved(
     cost: Tensor, options: Options, settings: Settings, budget: float | None
 ) -> tuple[Allocation, dict[str, Any]]:
     """The best plan by the settings' objective; of text in several domains also what it costs each."""
-    domains = Domains.of(settings, options, lambda each: _allocate(each, options, settings, budget))
     if settings.objective == "mean":
         found = _allocate(cost, options, settings, budget)
-        return found, {} if domains is None else {"domains": domains.table(found.choice)}
+        return found, _by_domain(options, settings, budget, found)
+    domains = Domains.of(settings, options, lambda each: _allocate(each, options, settings, budget))
     if domains is None:
         raise needs_domains()
     quick = replace(settings, prove=False)  # a hundred plans of a thousandth's gap each; their bounds hold
     found, facts = domains.worst(cost, lambda each: _allocate(each, options, quick, budget))
     return found, {"domains": domains.table(found.choice), "worst_domain": facts}
+
+
+def _by_domain(options: Options, settings: Settings, budget: float | None, found: Allocation) -> dict[str, Any]:
+    """What a plan costs each domain of the text, where there are several."""
+    domains = Domains.of(settings, options, lambda each: _allocate(each, options, settings, budget))
+    return {} if domains is None else {"domains": domains.table(found.choice)}
+
+
+def _rounds(
+    program: Program, first: tuple[Tensor, Allocation], options: Options, settings: Settings, context: Context
+) -> tuple[Allocation, Tensor, list[dict[str, float]]]:
+    """Plan again by costs at the weights of the plan before; the last plan, its costs, and a row for each round."""
+    cost, found = first
+    again, told = settings.row.again, [{"cost": found.cost, "changed": 0}]
+    assert again is not None
+    budget = limit(program, options, settings)
+    for _ in range(settings.rounds - 1):
+        before = found.choice
+        plan = [(site, options.formats[i]) for site, i in zip(options.sites, before.tolist(), strict=True)]
+        measured = again(program, _requests(options), settings.own, context, plan)
+        cost = torch.full_like(cost, float("nan"))
+        for row, site in enumerate(options.sites):
+            cost[row, options.allowed[row]] = measured[site.name]
+        found = _allocate(cost, options, settings, budget)
+        told.append({"cost": found.cost, "changed": int((found.choice != before).sum())})
+    return found, cost, told
 
 
 def _price(
@@ -181,6 +211,7 @@ def _plan(
         cost=bounds[0],
         bound=bounds[1],
         gap=bounds[2],
+        foretold=bounds[0] if settings.costed.row.in_nats else None,
     )
 
 

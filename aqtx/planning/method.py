@@ -22,6 +22,7 @@ Own = Mapping[str, Any]  # values of the keys that a method's row names
 Measure = Callable[[Program, Sequence[Request], Own, Context, int], dict[str, Any]]
 Cost = Callable[[Sequence[Site], Sequence[Format], Own, int], Tensor]
 Domains = Callable[[Sequence[Site], Sequence[Format], Own], dict[str, Tensor]]
+Again = Callable[[Program, Sequence[Request], Own, Context, Sequence[tuple[Site, Format]]], dict[str, Tensor]]
 Choose = Callable[[Options, Own, float | None], Tensor]
 
 OF_ALL = ("method", "keep")
@@ -46,6 +47,9 @@ class Method:
             format are there already.
         cost: (sites, formats, own, seed) -> [sites, formats], from what the sites are annotated with.
         domains: (sites, formats, own) -> domain of the text -> costs of it alone, empty where there is one only.
+        again: (program, wanted, own, context, plan) -> site -> costs of its wanted formats with the sites of a plan
+            rounded; annotates nothing.
+        in_nats: whether costs are nats per token, so that their sum foretells a loss.
         problems: (sites, own) -> what does not fit the sites to plan, as sentences; reads no weight.
         choose: (options, own, budget in bytes) -> a format index per site; the budget holds with pins and limits.
         budget: whether it must be given one, may be, or derives the size from its own keys.
@@ -68,6 +72,8 @@ class Method:
     measure: Measure | None = None
     cost: Cost | None = None
     domains: Domains | None = None
+    again: Again | None = None
+    in_nats: bool = False
     problems: Callable[[Sequence[Site], Own], list[str]] | None = None
     choose: Choose | None = None
     budget: Literal["required", "optional", "own"] = "required"

@@ -68,6 +68,7 @@ class Settings:
         fisher_detail: `direction` along each format's error; of the diagonal alone `element`, or its mean `matrix`.
         objective: of `fisher`, where calibration text has several domains: the least loss in their weighted `mean`, or
             in the `worst_domain`, held against what that domain would lose under its own best plan.
+        rounds: of `fisher` along errors: 2 measures once more with the weights of the first plan, and plans by that.
         trial_sequences: of `trial`, and of `calibrated` where it is fitted to trials: sequences to run them on.
         num_trials: of `calibrated`: matrices to try, spread over the roles.
         fit_to: of `calibrated`: what alpha is fitted to, `fisher` of all matrices or `trial` of a sample.
@@ -104,6 +105,7 @@ class Settings:
     fisher_sequences: int = 64
     fisher_detail: Detail = "direction"
     objective: Literal["mean", "worst_domain"] = "mean"
+    rounds: int = 1
     trial_sequences: int = 4
     num_trials: int = 24
     fit_to: Literal["fisher", "trial"] = "fisher"
@@ -176,7 +178,7 @@ class Settings:
 
     def without_text(self) -> Self:
         """The same by a method that looks at no text: to it all Gaussian matrices are alike, as to the error."""
-        return replace(self, method="error", objective="mean") if self.needs_text else self
+        return replace(self, method="error", objective="mean", rounds=1) if self.needs_text else self
 
     def unread(self, also: Collection[str] = ()) -> list[str]:
         """A sentence for each key that differs from its default although the method does not read it.
@@ -234,9 +236,13 @@ class Settings:
             yield f"objective {self.objective} goes with methods that know costs by domain: {', '.join(able)}."
         elif self.objective != "mean" and self.rotate == "auto":
             yield f"objective {self.objective} does not go with rotate auto, which weighs all domains alike."
+        if self.rounds > 1 and (self.row.again is None or self.fisher_detail != "direction"):
+            yield "rounds: only method fisher with fisher_detail direction measures at a plan's weights."
+        elif self.rounds > 1 and (self.objective != "mean" or self.rotate == "auto"):
+            yield "rounds: above 1 it goes with objective mean and without rotate auto."
         if self.rotation_block < 2 or not is_order(self.rotation_block):
             yield f"rotation_block: no Hadamard matrix of order {self.rotation_block} is known; take 16, 32, 64 or 128."
-        for key in ("fisher_sequences", "trial_sequences", "num_trials", "search_steps"):
+        for key in ("rounds", "fisher_sequences", "trial_sequences", "num_trials", "search_steps"):
             if getattr(self, key) < 1:
                 yield f"{key} is below 1."
         if self.perplexity_ceiling < 1:

@@ -40,6 +40,7 @@ class Plan:
     cost: float | None = None
     bound: float | None = None
     gap: float | None = None
+    foretold: float | None = None  # nats per token in all, matrices added up, where the method's costs are such
     warnings: list[str] = field(default_factory=list)
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     worst_domain: dict[str, float] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Plan:
         """What `plan.json` holds; keys of an entry that say nothing are left out."""
         facts: dict[str, Any] = {"method": self.method, "budget": self.budget, "average_bits": self.average_bits}
         facts |= {"cost": self.cost, "bound": self.bound, "gap": self.gap, "warnings": self.warnings}
+        facts |= {} if self.foretold is None else {"foretold": self.foretold}
         facts |= {key: value for key in _BY_DOMAIN if (value := getattr(self, key))}
         return {**facts, "sites": {name: _entry_json(entry) for name, entry in self.sites.items()}}
 

@@ -122,8 +122,18 @@ def plan(data: RunData) -> str:
         groups.setdefault(site["category"], []).append(site)
     header = ("category", "matrices", "formats", "mean alpha", "bytes", "bits per weight", "mean relative error")
     rows = [_plan_row(name, sites) for name, sites in sorted(groups.items())]
-    table = html.table(header, rows) + _domains(data.plan)
+    table = html.table(header, rows) + _foretold(data) + _domains(data.plan)
     return (html.paragraph(words.capitalize() + ".") if words else "") + _price(data) + table
+
+
+def _foretold(data: RunData) -> str:
+    """The loss that the plan foretells against the one that was measured, if any."""
+    if not is_number(data.plan.get("foretold")):
+        return ""
+    words = f"Foretold loss: {decimal(data.plan['foretold'], 4)} nats per token, each matrix alone to nearest, "
+    change = (data.report.get("perplexity") or {}).get("change")
+    measured = interval(change, 4, signed=True) if change else "not measured"
+    return html.paragraph(f"{words}added up. Change of the whole: {measured}.")
 
 
 def _domains(found: dict[str, Any]) -> str:

@@ -76,16 +76,24 @@ def _by_weight(wanted: Sequence[Request]) -> dict[str, list[Request]]:
     return grouped
 
 
-def losses_along(program: Program, wanted: Sequence[Request], ids: Tensor, context: Context) -> dict[str, Tensor]:
+def losses_along(
+    program: Program,
+    wanted: Sequence[Request],
+    ids: Tensor,
+    context: Context,
+    rounded: Sequence[tuple[Site, Format]] = (),
+) -> dict[str, Tensor]:
     """1/2 D^T F D of each site, [formats, sequences] in nats per token; annotates nothing.
 
-    A matrix that is used twice has the gradients of both uses added up.
+    A matrix that is used twice has the gradients of both uses added up. F is that of the model as it stands, or with
+    some sites `rounded`; D is from the weights as they stand.
     """
     by_weight = _by_weight(wanted)
     users = users_of(program, list(by_weight))
     sums = {site.name: torch.zeros(len(formats), len(ids), dtype=torch.float64) for site, formats in wanted}
-    with text_gradients(program, users, ids, context) as backward:
-        record = FisherRecord.of(wanted, ids, context, "direction")
+    detail = "direction" + "".join(f" {site.name}:{fmt.name}" for site, fmt in rounded)
+    with text_gradients(program, users, ids, context, rounded) as backward:
+        record = FisherRecord.of(wanted, ids, context, detail)
         done = record.load(sums, backward)
         backward.forward(context.progress, done)
         for block in backward.backward(drawn_labels(backward.sizes, context), context.progress, done):

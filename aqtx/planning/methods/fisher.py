@@ -11,7 +11,7 @@ from aqtx.planning.method import Method, Own, register
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Context
-from aqtx.sensitivity.fisher import KEYS, domains_key, measure_fisher
+from aqtx.sensitivity.fisher import KEYS, domains_key, losses_along, measure_fisher
 from aqtx.sensitivity.measured import Request, table
 
 
@@ -41,16 +41,27 @@ def by_domain(sites: Sequence[Site], formats: Sequence[Format], own: Own) -> dic
     }
 
 
+def again(
+    program: Program, wanted: Sequence[Request], own: Own, context: Context, plan: Sequence[tuple[Site, Format]]
+) -> dict[str, Tensor]:
+    """Along each error, with the gradients of the model under the plan."""
+    text = context.by_domain()[: own["fisher_sequences"]]
+    found = losses_along(program, wanted, text.ids, context, plan)
+    return {name: (losses * text.shares()).sum(1) for name, losses in found.items()}
+
+
 register(
     Method(
         name="fisher",
         summary="the divergence of the model's predictions that gradients on calibration text foretell",
-        options=("fisher_sequences", "fisher_detail", "objective"),
+        options=("fisher_sequences", "fisher_detail", "objective", "rounds"),
         needs_text=True,
         walks=lambda own: ("backward", own["fisher_sequences"]),
         measure=measure,
         cost=cost,
         domains=by_domain,
+        again=again,
+        in_nats=True,
         arms={
             "fisher": {"fisher_detail": "direction", "objective": "mean"},
             "fisher_worst_domain": {"fisher_detail": "direction", "objective": "worst_domain"},

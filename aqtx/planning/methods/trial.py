@@ -38,6 +38,7 @@ register(
         walks=lambda own: ("trials", own["trial_sequences"]),
         measure=measure,
         cost=cost,
+        in_nats=True,
         arms={"trial": {}},
         slow_arms=("trial",),
     )
