@@ -74,10 +74,12 @@ class Moments:
 
 def add_outer(H: Tensor, rows: Tensor) -> None:
     """H += rows^T rows, on and above the diagonal in panels only."""
-    rows = pad(rows, (0, 0, 0, -len(rows) % STEP))  # with zeros: products of few shapes are compiled once
+    columns = (
+        pad(rows, (0, 0, 0, -len(rows) % STEP)).t().contiguous()
+    )  # zeros: products of few shapes are compiled once
     for low in range(0, len(H), PANEL):
         panel = slice(low, low + PANEL)
-        add_product(H[panel, low:], rows[:, panel].t(), rows[:, low:])
+        add_product(H[panel, low:], columns[panel], columns[low:].t())
 
 
 def mirror(H: Tensor) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "nearest_codes", "nearest_values", "packed", "quantize",
 ]  # fmt: skip
 
+SCALES_AT_ONCE = 4  # pieces whose scales are chosen together: what that takes is mostly calls
 CHUNK_ELEMENTS = 1 << 17  # a float32 piece of this size and its temporaries stay in a core's L2 cache
 
 
@@ -92,7 +93,7 @@ def choose_scales(
     row_scale = None if per_tensor is None else per_tensor.expand(*weight.shape[:-1], 1).reshape(-1, 1)
     rows = weight.reshape(-1, weight.shape[-1])
     weights = None if importance is None else to_blocks(importance, fmt)
-    step = _rows_per_piece(weight)
+    step = SCALES_AT_ONCE * _rows_per_piece(weight)
     for start in range(0, max(len(rows), 1), step):
         blocks = to_blocks(rows[start : start + step], fmt)
         part = None if row_scale is None else row_scale[start : start + step]

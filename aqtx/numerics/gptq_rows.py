@@ -77,12 +77,13 @@ class Contest:
 
     def best(self) -> Tensor:
         """The candidate of least error of each row [N]; the first one on equal errors."""
-        for index in range(len(self.candidates)):
+        simpler = range(len(self.candidates) - 1)
+        self._bound(0)
+        self._evaluate(len(simpler))  # the last one, which is mostly the best
+        for index in simpler:
             self._bound(index)
-        for index in reversed(range(len(self.candidates))):
-            rows = self._open(index)
-            if len(rows):
-                self.below[index, rows] = self.above[index, rows] = self._exact(index, rows)
+        for index in reversed(simpler):
+            self._evaluate(index)
         return torch.where(self._alive(), self.above, torch.inf).argmin(0)
 
     def _alive(self) -> Tensor:
@@ -104,9 +105,12 @@ class Contest:
                 total[rows] += product(taken, part.t()).square_().sum(1)[: len(rows)]
                 self.below[index, rows] = torch.maximum(self.below[index, rows], (1 - SLACK) * total[rows])
 
-    def _exact(self, index: int, rows: Tensor) -> Tensor:
-        """A candidate's errors; one that is no number is infinite."""
-        return row_errors(_some(self.candidates[index].errors, rows), self.H)[: len(rows)].nan_to_num_(nan=torch.inf)
+    def _evaluate(self, index: int) -> None:
+        """Both bounds of a candidate become its errors where it is one of several; what is no number is infinite."""
+        rows = self._open(index)
+        if len(rows):
+            exact = row_errors(_some(self.candidates[index].errors, rows), self.H)[: len(rows)]
+            self.below[index, rows] = self.above[index, rows] = exact.nan_to_num_(nan=torch.inf)
 
 
 def _some(x: Tensor, rows: Tensor) -> Tensor:
