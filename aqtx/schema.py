@@ -19,6 +19,7 @@ from aqtx.errors import InputError, nearest
 
 T = TypeVar("T")
 
+_LARGEST = 2**63
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "an integer",
@@ -99,6 +100,8 @@ def _read_scalar(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
         value = os.fspath(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{where}: expected a finite number, got {value}")
+    elif type(value) is int and not -_LARGEST <= value < _LARGEST:
+        problems.append(f"{where}: expected a number that 64 bits hold, got {_quote(value)}")
     elif type(value) is not kind:  # exact: true is not the integer 1
         problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}")
     return value
@@ -155,6 +158,9 @@ def _read_sequence(value: Any, kind: Any, where: str, problems: list[str]) -> An
 def _read_mapping(value: Any, kind: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(f"{where}: expected {describe(kind)}, got {_quote(value)}")
+        return value
+    if wrong := [key for key in value if not isinstance(key, str)]:
+        problems.append(f"{where}: keys must be text, not {_quote(wrong[0])}; put it in quotes")
         return value
     arm = typing.get_args(kind)[1]
     return {key: _read(item, arm, join(where, key), problems) for key, item in value.items()}

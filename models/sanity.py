@@ -4,7 +4,15 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rope_theta", "rope_local_base_freq")
+_POSITIVE = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "rope_theta",
+    "rope_local_base_freq",
+    "clip_qkv",
+)
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPES = ("rope_scaling", "rope_parameters")

@@ -49,6 +49,8 @@ class InsertHadamard(Pass):
             problems.append(f"block: no Hadamard matrix of order {self.block} is known; take 16 to 128, full or head")
         if not self.before:
             problems.append("before: names no site")
+        if self.seed is not None and self.seed < 0:
+            problems.append(f"seed: must be 0 or more, got {self.seed}")
         return problems
 
     def misfits(self, program: Program) -> list[str]:

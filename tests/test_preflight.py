@@ -1,5 +1,7 @@
 """What a recipe gets wrong about its model or its texts is told before anything runs, all of it at once."""
 
+import pytest
+
 from aqtx import cli
 
 PLAN = "passes.1.assign_plan"
@@ -42,3 +44,37 @@ def test_a_recipe_that_is_no_text(tmp_path, capsys):
     file.write_bytes(b"\xff\xfe\x00")
     assert cli.main(["check", str(file)]) == 2
     assert "cannot be read as text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=-1", "seed: must be 0 or more"),
+        (f"seed={2**64}", "64 bits"),
+        (f"passes.4={{insert_hadamard: {{block: {2**70}}}}}", "block: expected an integer"),
+        (f"passes.4={{insert_hadamard: {{block: {2**62}}}}}", "no Hadamard matrix of order"),
+        ("passes.4={insert_hadamard: {seed: -1}}", "seed: must be 0 or more"),
+        (f"{PLAN}.pins={{3: int4}}", "pins: keys must be text, not 3"),
+        ("calibration.source=/dev/zero", "is a pipe or a device"),
+        ("evaluate.perplexity=/dev/stdin", "is a pipe or a device"),
+        ("calibration.source=" + "a" * 5000, "is neither a file"),
+        ("calibration.sequence_length=9999999999999", "are more than 2,000,000,000 tokens"),
+    ],
+)
+def test_numbers_without_end_and_devices_are_told_by_check(override, words, capsys):
+    assert cli.main(["check", "quickstart", override]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "tinymoe", "--seed", "-1"],
+        ["generate", "tinymoe", "--prompt", "x", "--seed", str(2**64)],
+        ["generate", "tinymoe", "--prompt", "x", "--max-new-tokens", str(10**12)],
+    ],
+)
+def test_arguments_without_end(words, capsys):
+    assert cli.main(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("aqtx: error: ")

@@ -30,3 +30,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="replace a value of the recipe; passes are counted from 0, as in passes.1.assign_plan.average_bits=4.5",
     )
+
+
+def seed(text: str) -> int:
+    """An argument that a generator of random numbers takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is 0 or more and below 2^63, not {text}")
+    return value

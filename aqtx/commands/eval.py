@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aqtx.commands import Command
+from aqtx.commands import Command, seed
 from aqtx.commands.tables import format_table
 from aqtx.report.numbers import interval
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the intervals (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the intervals (default: 0)")
     parser.add_argument("--to", type=Path, metavar="DIR", help="write eval.json, eval.md and a log of every item here")
 
 

@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqtx.commands import Command
+from aqtx.commands import Command, seed
 from aqtx.commands.tables import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from aqtx.program.generate import Continues
+
+_MOST_TOKENS = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of what is drawn (default: 0)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
@@ -45,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     from aqtx.program.generate import Sampling
     from aqtx.text.tokens import load_tokenizer, prompt_ids
 
-    if arguments.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if not 1 <= arguments.max_new_tokens <= _MOST_TOKENS:
+        raise InputError(f"--max-new-tokens must be 1 to {_MOST_TOKENS:,}, got {arguments.max_new_tokens}")
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
     generator, folder, config = _open(arguments.model, device_of(arguments.device), arguments.compile)
     tokenizer = load_tokenizer(folder)

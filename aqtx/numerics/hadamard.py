@@ -19,6 +19,8 @@ from aqtx.errors import InputError
 
 ONE_GEMM = 128  # widest block that one dense matrix serves better than a pair
 
+LARGEST = 1 << 20  # order of a matrix
+
 
 def hadamard(x: Tensor, block: int | None = 32, *, seed: int | None = None, inverse: bool = False) -> Tensor:
     """Rotate the last dimension of `x` by an orthonormal Hadamard matrix, block by block.
@@ -80,7 +82,9 @@ def best_pair(block: int) -> tuple[int, int] | None:
 
 @cache
 def is_order(n: int) -> bool:
-    """Whether `matrix(n)` is known."""
+    """Whether `matrix(n)` is known; none is beyond what any matrix has columns."""
+    if n > LARGEST:
+        return False
     if n in (1, 2) or _paley_one(n) or _paley_two(n):
         return True
     return n > 0 and n % 4 == 0 and _split(n) is not None

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from aqtx.errors import InputError, nearest
-from aqtx.numerics.hadamard import hadamard
+from aqtx.numerics.hadamard import LARGEST, hadamard
 from aqtx.program.hadamard_op import OP as HADAMARD
 from aqtx.program.hadamard_op import buffers
 from aqtx.program.inserted_ops import ACTIVATION_OPS, INSERTED_OPS, Step, get_attr, replace_inserted
 from aqtx.program.site import weight_node
 
-_LARGEST_BLOCK = 1 << 20  # columns of a rotation's block: more than any matrix has
 Operation = Callable[[Tensor, Tensor | None], Tensor]  # input, offsets of the experts' rows -> input
 
 
@@ -174,7 +173,7 @@ def _fits(name: str, value: Any) -> bool:
     """Whether a value is of its field's type and within what any model has; fields of other kinds pass."""
     whole = type(value) is int
     if name == "block":
-        return whole and 1 <= value <= _LARGEST_BLOCK
+        return whole and 1 <= value <= LARGEST
     if name == "seed":
         return value is None or (whole and 0 <= value < 2**63)
     if name == "weight":

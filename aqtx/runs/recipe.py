@@ -55,7 +55,9 @@ class Recipe:
     study: StudySpec | None = None  # read by `aqtx study` only
 
     def __post_init__(self) -> None:
-        """Refuse a size that is none."""
+        """Refuse a size that is none, and a seed that no generator takes."""
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed: must be 0 or more and below 2^63, got {self.seed}")
         if self.memory_limit is not None and self.memory_limit < 1:
             raise InputError(f"max_memory: must be at least 1 byte, got {self.max_memory}")
 

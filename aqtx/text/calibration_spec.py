@@ -5,6 +5,7 @@ from typing import Literal
 
 from aqtx.errors import InputError
 
+MOST_TOKENS = 2_000_000_000  # 16 GB of ids
 WRITTEN = ("self", "ebss")  # sources that the model writes itself
 
 
@@ -27,6 +28,10 @@ class CalibrationSpec:
             for name, value in least.items()
             if getattr(self, name) < value
         ]
+        if not problems and self.num_sequences * self.sequence_length > MOST_TOKENS:
+            problems.append(
+                f"{self.num_sequences} sequences of {self.sequence_length} tokens are more than {MOST_TOKENS:,} tokens"
+            )
         problems += _weight_problems(self.source)
         if self.tau is not None and "ebss" not in self.weights:
             problems.append(f"tau is of the source ebss, but the source is {self.source!r}: leave tau out")

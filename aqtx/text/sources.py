@@ -106,10 +106,21 @@ def check_source(source: str) -> None:
         raise InputError(f"text source {source!r} names nothing; give a file, a folder or one of {', '.join(known)}")
     if source in known or source.partition(":")[0] in DATASETS:
         return
-    if source.startswith("builtin:") or not Path(source).exists():
+    there, readable = _look_up(Path(source))
+    if there and not readable:
+        raise InputError(f"text source {source!r} is a pipe or a device, and no file of text")
+    if source.startswith("builtin:") or not there:
         raise InputError(
             f"text source {source!r} is neither a file, a folder nor one of {', '.join(known)}{nearest(source, known)}"
         )
+
+
+def _look_up(path: Path) -> tuple[bool, bool]:
+    """Whether something is there, and whether it is a file or a folder."""
+    try:
+        return path.exists(), path.is_file() or path.is_dir()
+    except (OSError, ValueError):  # no name that a file system takes
+        return False, False
 
 
 def _builtin(part: str) -> list[Passage]:
