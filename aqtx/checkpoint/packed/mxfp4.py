@@ -52,6 +52,7 @@ def _packed(files: CheckpointReader, key: str) -> Packed:
 
 def _decode(parts: Parts) -> Tensor:
     """codes [N, G, 16], scale [N, G] -> [K, N], a view of [N, K]."""
-    codes = torch.stack((parts["codes"] & 15, parts["codes"] >> 4), -1).flatten(-2)  # [N, G, 32]
-    values = code_to_value(codes, _ELEMENT) * decode_e8m0(parts["scale"]).unsqueeze(-1)
-    return values.flatten(-2).t()
+    codes, byte = parts["codes"], torch.arange(256)
+    pairs = code_to_value(torch.stack((byte & 15, byte >> 4), -1), _ELEMENT)  # [256, 2]: what each byte means
+    values = pairs.index_select(0, codes.flatten().int()).view(*codes.shape[:2], -1)  # [N, G, 32]
+    return values.mul_(decode_e8m0(parts["scale"]).unsqueeze(-1)).flatten(-2).t()
