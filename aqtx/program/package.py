@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
 from aqtx.formats import kernel
 from aqtx.program.cache_spec import CacheSpec, from_text
 
@@ -61,14 +61,15 @@ def open_package(file: Path) -> Package:
         raise InputError(f"{file} was made for a GPU, and torch sees none; package it with --device cpu")
     if told["device"] == "cpu":
         kernel.available()  # registers its ops
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
-    return Package(
-        loader=loader,
-        entry=told["entry"],
-        device=torch.device(told["device"]),
-        caches=from_text(told["caches"]),
-        limits=(_count(told["tokens"]), _count(told["positions"])),
-    )
+    with malformed(f"{file} is no whole package"):
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+        return Package(
+            loader=loader,
+            entry=told["entry"],
+            device=torch.device(told["device"]),
+            caches=from_text(told["caches"]),
+            limits=(_count(told["tokens"]), _count(told["positions"])),
+        )
 
 
 def _count(word: str) -> int | None:
@@ -81,12 +82,12 @@ def read_metadata(file: Path) -> dict[str, str]:
     Raises:
         InputError: the file is none that `aqtx package` wrote.
     """
-    try:
+    with malformed(f"{file} is no package that `aqtx package` wrote"):
+        if not file.is_file():  # a named pipe would be waited for
+            raise ValueError("it is no file")
         with zipfile.ZipFile(file) as archive:
             [name] = [name for name in archive.namelist() if name.endswith(_TOLD)]
-            told: dict[str, str] = json.loads(archive.read(name))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file} is no package that `aqtx package` wrote: {error}") from None
+            told: dict[str, str] = dict(json.loads(archive.read(name)))
     if missing := [key for key in _NEEDED if not isinstance(told.get(key), str)]:
         raise InputError(f"{file} is no package that `aqtx package` wrote: it does not tell {', '.join(missing)}")
     return told

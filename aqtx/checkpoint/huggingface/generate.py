@@ -17,6 +17,7 @@ from aqtx.models import supported
 from aqtx.program.edits import by_weight
 from aqtx.program.generate import GREEDY, Continues, Generator, Sampling, Stop
 from aqtx.program.program import Program
+from aqtx.program.token_ids import num_positions, num_tokens, refuse_ids, refuse_length
 
 
 def generator_of(program: Program) -> "Continues":
@@ -58,6 +59,7 @@ class TransformersGenerator:
 
     def __init__(self, program: Program) -> None:
         self._device = program.device
+        self._limits = num_tokens(program), num_positions(program)
         self._model: Any = modules_of(program)
 
     def continue_greedily(
@@ -79,6 +81,9 @@ class TransformersGenerator:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
         from transformers import GenerationConfig
 
+        refuse_ids(self._limits[0], map(torch.tensor, prompts), "the prompt")
+        longest = max(map(len, prompts)) + max_new_tokens
+        refuse_length(self._limits[1], longest, "the prompt with what is to be written behind it")
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=self._device)
         for row, prompt in zip(ids, prompts, strict=True):
