@@ -82,6 +82,15 @@ def test_experts_of_one_scheme_load_bit_for_bit(tmp_path: Path) -> None:
     assert assert_same_parameters(folder, loaded(tmp_path / "out")) == 4 * 12 + 3
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", pytest.param("qwen2-moe", marks=pytest.mark.slow)])
+def test_experts_of_other_families_load_bit_for_bit(family: str, tmp_path: Path) -> None:
+    oracle(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    folder = quantized(tmp_path / "source", tmp_path / "q", {"*.experts.*": "int4_row"})
+    made = export(folder, "compressed-tensors", tmp_path / "out")
+    assert made.clients == ("vllm", "transformers")
+    assert assert_same_parameters(folder, loaded(tmp_path / "out")) == len(aqtx.load(folder).weights.names())
+
+
 def test_inputs_rounded_to_int8_become_w8a8(tmp_path: Path) -> None:
     oracle("llama", **WIDE | {"num_hidden_layers": 1}).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "source", tmp_path / "q", {"*_proj": "int8_row"}, aq="int8_row")

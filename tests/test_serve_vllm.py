@@ -10,7 +10,6 @@ import torch
 
 import aqtx
 from aqtx.checkpoint.exports.run import export
-from aqtx.program.generate import Generator
 from aqtx.text.tokens import evaluation, load_tokenizer
 from tests.quantized_folders import quantized
 
@@ -23,6 +22,7 @@ CASES = {
     "experts_g64": ({"*.experts.*": "int4_g64"}, {}, False),
     "layers_differ": (LAYERS, {}, False),
     "dense_int4": ({"*.self_attn.*": "int4_g32"}, {}, True),
+    "w8a8_experts": ({"*.experts.*": "int8_row"}, {"aq": "int8_row"}, False),
     "w8a8": ({"*.self_attn.*": "int8_row"}, {"aq": "int8_row"}, False),
 }
 
@@ -31,7 +31,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(PYTHON is None, reason="AQTX_
 
 @pytest.mark.parametrize("name", CASES)
 def test_vllm_scores_text_as_ours(name: str, tmp_path: Path) -> None:
-    """Within .01 nats on 2,000 tokens, and the same greedy text where inputs are not rounded."""
+    """Within .01 nats on 2,000 tokens, and the same greedy text where inputs are not rounded.
+
+    Its kernel takes bf16 only, whose sums it adds in another order: a token of its text may be beside our likeliest by
+    four units in the last place of bf16, 2^-7 of the logit each.
+    """
     formats, keys, is_exact = CASES[name]
     folder = quantized("tinymoe", tmp_path / "q", formats, **keys)
     made = export(folder, "compressed-tensors", tmp_path / "out")
@@ -60,4 +64,8 @@ def test_vllm_scores_text_as_ours(name: str, tmp_path: Path) -> None:
     assert result["tokens"] == 4 * 499
     assert abs(result["loss"] - float(torch.cat(losses).mean())) < 0.01
     if is_exact:
-        assert [result["greedy"]] == Generator(program).continue_greedily([job["start"]], max_new_tokens=32)
+        with torch.no_grad():
+            rows = module(torch.tensor([job["start"] + result["greedy"]]))[0, len(job["start"]) - 1 : -1].float()
+        best = rows.amax(-1)
+        behind = best - rows.gather(1, torch.tensor(result["greedy"])[:, None])[:, 0]
+        assert (behind <= 4 * 2**-7 * best.abs()).all() and (behind == 0).sum() >= 28
