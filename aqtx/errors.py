@@ -66,6 +66,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{str(error)[:80]} is missing or unknown"
     words = " ".join(str(error).split())
+    if isinstance(error, (AttributeError, TypeError)):
+        return printable(f"a value in it is of another kind than is read there ({words[:300]})")
     return printable(words[:300]) or f"{type(error).__name__} without a reason"
 
 

@@ -10,10 +10,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import aqtx
+from aqtx.checkpoint.exports.run import export
 from aqtx.checkpoint.header import read_header
 from aqtx.checkpoint.open import open_program
 from aqtx.checkpoint.reader import INDEX, CheckpointReader
+from aqtx.errors import InputError
 from aqtx.models import build, load_config
+from aqtx.program.package import open_package
 from aqtx.text.tokens import load_tokenizer
 from tests.model_cases import CASES, SMALL
 from tests.mutations import damaged, mutations, refused
@@ -157,3 +160,34 @@ def test_tokenizers(tmp_path, name, seed):
         load_tokenizer(tmp_path)
 
     assert sum(refused(read, content) for content in mutations(files[name], ROUNDS // 2, seed)) > 0.1 * ROUNDS
+
+
+@pytest.mark.parametrize("rounds", [40, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_files_of_llama_cpp_and_packages(tmp_path, rounds):
+    small = {"num_hidden_layers": 1, "num_experts": 2, "num_key_value_heads": 4, "vocab_size": 4096}
+    source = write_checkpoint(tmp_path / "source", {**OLMOE, **small})
+    shutil.copy(aqtx.trace("tinymoe").folder / "tokenizer.json", source)
+    file = export(source, "gguf", tmp_path / "model.gguf").path
+    whole, told = file.read_bytes(), 0
+    for data in (b"", b"GGUF", b"GGUF" + b"\xff" * 64, *damaged(whole[:6000], rounds)):
+        file.write_bytes(data + (whole[6000:] if len(data) == 6000 else b""))
+        told += refused(open_program, file, None)
+    assert told > rounds // 3
+    for data in (b"", b"PK\x03\x04" + b"x" * 100, whole):
+        file.write_bytes(data)
+        assert refused(open_package, file) == 1
+
+
+def test_a_plain_model_has_no_codes_to_export(tmp_path):
+    with pytest.raises(InputError, match="nothing in the checkpoint is quantized"):
+        export(write_checkpoint(tmp_path / "source"), "compressed-tensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "3", '"x"'])
+def test_files_of_tokenizers_that_hold_no_object(tmp_path, name, text):
+    (tmp_path / "config.json").write_text(json.dumps(OLMOE))
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name} holds no JSON object"):
+        load_tokenizer(tmp_path)

@@ -129,14 +129,17 @@ def _open_own(
 
 def _open_gguf(file: Path, dtype: torch.dtype | None) -> Program:
     """A Program over the decoded weights of a file that `aqtx export` wrote."""
-    source = GgufSource(file)
-    config = source.config
-    if not supported(config):
-        raise InputError(f"{file}: model_type {config.get('model_type')!r} is none that aqtx builds itself")
-    program = build_program(
-        lambda: build(config), source, config=config, dtype=dtype or source.dtype, folder=source.folder
-    )
-    source.check({name: spec.shape for name, spec in program.weights.specs.items() if name not in program.weights.tied})
+    with malformed(f"{file}: no model can be made of this file"):
+        source = GgufSource(file)
+        config = source.config
+        if not supported(config):
+            raise InputError(f"{file}: model_type {config.get('model_type')!r} is none that aqtx builds itself")
+        program = build_program(
+            lambda: build(config), source, config=config, dtype=dtype or source.dtype, folder=source.folder
+        )
+        source.check(
+            {name: spec.shape for name, spec in program.weights.specs.items() if name not in program.weights.tied}
+        )
     return program
 
 

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from aqtx.errors import InputError, malformed
+from aqtx.machine.files import read_json
 from aqtx.text.calibration_spec import CalibrationSpec
 from aqtx.text.sources import Passage, read_passages
 
 T = TypeVar("T")
+_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PROBE = "a"  # any text will do
 
 
@@ -55,6 +57,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     if not any(folder.glob("tokenizer*")):
         raise InputError(f"{folder} holds no tokenizer (tokenizer.json), so text cannot be read for this model")
+    for name in _OBJECTS:
+        if (folder / name).exists() and not isinstance(read_json(folder / name), dict):
+            raise InputError(f"{folder / name} holds no JSON object, which a tokenizer's file is")
     with malformed(f"{folder}: the tokenizer cannot be read"):
         # without an answer beforehand, code that comes with a tokenizer is asked about at the terminal
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -81,6 +86,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool = False) -> list[i
     Raises:
         InputError: the prompt holds no token, or the tokenizer has no chat template.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError("the prompt holds half a surrogate pair, which is no character")
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("--chat: the model's tokenizer has no chat template")

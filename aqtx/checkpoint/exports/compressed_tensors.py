@@ -160,14 +160,16 @@ def _targets(names: list[str]) -> list[str]:
 
 
 def check(job: Job) -> list[str]:
-    """Families of which no program loads single experts, quantized or not."""
+    """Families of which no program loads single experts, quantized or not; checkpoints without a code."""
     kind = job.program.config.get("model_type")
-    if kind not in ALWAYS_FUSED:
-        return []
-    return [
-        f"vLLM and transformers load the experts of {kind} in one tensor a layer, for which compressed-tensors has no "
-        "form: use the checkpoint itself in transformers, or --to dequantized"
-    ]
+    if kind in ALWAYS_FUSED:
+        return [
+            f"vLLM and transformers load the experts of {kind} in one tensor a layer, for which compressed-tensors has "
+            "no form: use the checkpoint itself in transformers, or --to dequantized"
+        ]
+    if not job.formats:
+        return ["nothing in the checkpoint is quantized, so there are no codes to write: export `--to dequantized`"]
+    return []
 
 
 def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, GGUFWriter, LlamaF
 from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
 
 from aqtx.checkpoint.exports.gguf_tokenizer import add_tokenizer
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
 from aqtx.models.rotary import Rope
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -95,11 +95,9 @@ def template_problems(config: Mapping[str, Any], template: Path) -> list[str]:
     """
     if not template.is_file():
         return [f"the template {template} is no file"]
-    try:
+    with malformed(f"the template {template} is no GGUF file"):
         fields = GGUFReader(template).fields
         arch = str(fields["general.architecture"].contents())
-    except (ValueError, OSError, KeyError) as error:
-        return [f"the template {template} is no GGUF file: {error}"]
     known = sorted({row.arch for row in FAMILIES.values()})
     if arch not in known:
         told = ", ".join(known)

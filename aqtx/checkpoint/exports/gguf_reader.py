@@ -15,7 +15,8 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 
-from aqtx.errors import InputError
+from aqtx.errors import InputError, malformed
+from aqtx.models.sanity import nonsense
 
 
 def rows_in_order(rows: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
@@ -32,10 +33,8 @@ class GgufReader:
 
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
-        try:
+        with malformed(f"{self.file} is no GGUF file"):
             self._reader = GGUFReader(self.file)
-        except (ValueError, OSError) as error:
-            raise InputError(f"{self.file} is no GGUF file: {error}") from None
         self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     def text(self, key: str) -> str:
@@ -50,7 +49,10 @@ class GgufReader:
             raise InputError(
                 f"{self.file} was not written by `aqtx export`: it holds no config to build the model from"
             )
-        found: dict[str, Any] = json.loads(self.text("aqtx.config"))
+        with malformed(f"{self.file}: its config cannot be read"):
+            found: dict[str, Any] = dict(json.loads(self.text("aqtx.config")))
+        if problems := nonsense(found):
+            raise InputError(*(f"{self.file}: {problem}" for problem in problems))
         return found
 
     def folder(self) -> tempfile.TemporaryDirectory[str]:
