@@ -51,7 +51,7 @@ class Distill(Pass):
     cross_entropy: float = 0.0
     logits: float = 1.0
     router: float = 0.0
-    learning_rate: float = 1e-2
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     epochs: float = 4.0
     batch_size: int = 4
