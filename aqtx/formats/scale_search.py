@@ -27,7 +27,7 @@ NUM_STEPS = 16
 LOWEST_SHARE = {2: 0.25, 3: 0.45, 4: 0.6}
 # of more bits the next scales change a block's largest code, and `settle` could not tell where it came from
 FINE_BITS = 4
-NUM_PROBED = 4
+NUM_PROBED = 2
 
 
 def least_error(
@@ -140,10 +140,16 @@ def settle(blocks: Tensor, bounds: tuple[Tensor, Tensor], first: Affine, fmt: Fo
     neighbours = _could_have_made(bounds, fmt)
     probed = _is_exact(blocks[..., :NUM_PROBED], neighbours, fmt, dtype)  # [C, ..., G]
     for index in probed.flatten(1).any(1).nonzero().flatten().tolist():
-        one = Affine(*(None if part is None else part[index] for part in neighbours))  # type: ignore[arg-type]
-        exact = probed[index] & _is_exact(blocks, one, fmt, dtype) & ~_is_exact(blocks, first, fmt, dtype)
-        first = _select(exact, one, first)
+        some = probed[index]  # few of many
+        one, now = (_take(part, some) for part in (_take(neighbours, index), first))
+        exact = _is_exact(blocks[some], one, fmt, dtype) & ~_is_exact(blocks[some], now, fmt, dtype)
+        some = some.masked_scatter(some, exact)
+        first = _select(some, _take(neighbours, index), first)
     return first
+
+
+def _take(affine: Affine, place: int | Tensor) -> Affine:
+    return Affine(*(None if part is None else part[place] for part in affine))  # type: ignore[arg-type]
 
 
 def _is_lopsided(fmt: Format) -> bool:

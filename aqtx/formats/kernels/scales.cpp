@@ -5,10 +5,13 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by inlined functions only
 
-static INLINE float lane_sum(float* sum) {
-  for (int half = 8; half > 0; half /= 2)
-    for (int l = 0; l < half; l++) sum[l] += sum[l + half];
-  return sum[0];
+typedef int Places __attribute__((vector_size(4 * kWidth)));
+
+static INLINE float lane_sum(Vector v) {
+  v += __builtin_shuffle(v, Places{8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15});
+  v += __builtin_shuffle(v, Places{4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7});
+  v += __builtin_shuffle(v, Places{2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3});
+  return v[0] + v[1];
 }
 
 static INLINE float as_bf16(float v) {
@@ -41,7 +44,7 @@ static INLINE Errors errors_of_both(const ScaleTask& t, const float* values, con
     same += squares<kBf16>(least(q, high), factor, value) * weight;
     turned += squares<kBf16>(most(q, near), factor, value) * weight;
   }
-  return {lane_sum((float*)&same), lane_sum((float*)&turned)};
+  return {lane_sum(same), lane_sum(turned)};
 }
 
 template <bool kBf16>
@@ -57,7 +60,7 @@ static INLINE float error_of(const ScaleTask& t, const float* values, const floa
       sum[l] += (off * off) * importance[at + l];
     }
   }
-  return lane_sum(sum);
+  return lane_sum(*(const Vector*)sum);
 }
 
 template <bool kBf16>
