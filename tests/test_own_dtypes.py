@@ -98,15 +98,17 @@ def test_routers_and_biases_are_read_and_written_as_they_were_published(model_ty
     assert torch.equal(aqtx.load(tmp_path / "saved").module()(ids), rounded.module()(ids))
 
 
-def test_exports_hold_them_too(tmp_path: Path) -> None:
-    precise = publish(tmp_path / "source", "deepseek_v3")
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [("deepseek_v3", ("dequantized", "torchao")), ("dots1", ("dequantized",))]
+)
+def test_exports_hold_them_too(model_type: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    precise = publish(tmp_path / "source", model_type)
     program = aqtx.trace(tmp_path / "source")
     plan = AssignPlan(method="uniform", candidates=("int4_g32",), keep=("router", "attention", "lm_head"))
     aqtx.save(aqtx.run(program, [plan, Quantize(), Emit()]), tmp_path / "saved")
-    for target in ("dequantized", "torchao"):
+    for target in targets:
         export(tmp_path / "saved", target, tmp_path / target)
-    assert_kept(tmp_path / "dequantized", precise)
-    assert_kept(tmp_path / "torchao", precise)
+        assert_kept(tmp_path / target, precise)
 
 
 def test_a_head_and_a_norm_in_float32_are_computed_in_bf16_and_written_as_they_were(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aqtx.checkpoint.exports.compare import Checked, compare
 from aqtx.checkpoint.exports.target import Job, Target
@@ -72,14 +72,26 @@ def _write_foreign(tensors: dict[str, Tensor], config: dict[str, Any], job: Job)
     """Through transformers' own model, which knows the names and the fusing of its checkpoints."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    model: Any = AutoModelForCausalLM.from_config(made, dtype=job.dtype)
+    table = NamesTable({name: tuple(place.shape) for name, place in canonical_tensors(model).items()})
+    _widen(model, {table.from_disk[key][0]: tensor.dtype for key, tensor in tensors.items()}, job.dtype)
     places = canonical_tensors(model)  # views: what is copied into them lands in the fused parameters
-    table = NamesTable({name: tuple(place.shape) for name, place in places.items()})
     with torch.no_grad():
         for key, tensor in tensors.items():
             name, expert = table.from_disk[key]
             (places[name] if expert is None else places[name][expert]).copy_(tensor)
-    model.to(next(iter(tensors.values())).dtype).save_pretrained(job.output)
+    model.save_pretrained(job.output)
+
+
+def _widen(model: nn.Module, dtypes: dict[str, torch.dtype], usual: torch.dtype) -> None:
+    """Give parameters that are more precise than the rest their dtype; fused ones if any of their parts is."""
+    precise = {name: dtype for name, dtype in dtypes.items() if dtype != usual}
+    owners = {name.rpartition(".")[0]: dtype for name, dtype in precise.items() if name not in model.state_dict()}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        dtype = precise.get(name) or (owners.get(name.rpartition(".")[0]) if name not in dtypes else None)
+        if dtype is not None:
+            value.data = value.data.to(dtype)
 
 
 TARGET = Target(
