@@ -124,3 +124,12 @@ def test_predictions_that_are_not_finite_are_told_in_any_dtype():
         evaluate_perplexity(
             lambda ids: torch.full((*ids.shape, 8), float("nan")), [Document("a", torch.arange(5))], window=8
         )
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.0.mlp.gate.weight", "lm_head.weight"])
+def test_a_weight_that_is_not_finite_is_named_by_evaluation(tmp_path, key):
+    value = hub_tensors(random_model())[key].clone()
+    value.view(-1)[3] = float("nan")
+    program = aqtx.trace(write_checkpoint(tmp_path / "source", **{key: value}))
+    with pytest.raises(InputError, match=f"document 0 are not finite.*: {key} holds NaN or infinity"):
+        evaluate_perplexity(BlockScorer(program, 10**9), [Document("a", torch.arange(12))], window=16)

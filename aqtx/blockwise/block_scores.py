@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.work_size import parameter_bytes, stream_bytes, tokens_at_once
+from aqtx.formats import dequantized
 from aqtx.machine.files import text_digest
 from aqtx.machine.memory import release_unused
 from aqtx.machine.ranks import ALONE, Ranks
@@ -81,6 +82,12 @@ class BlockScorer:
             file.unlink(missing_ok=True)
         release_unused()
 
+    def broken_weight(self) -> str | None:
+        """The first parameter that holds NaN or infinity as it was read; reads all of them."""
+        weights = self.program.weights
+        values = ((name, dequantized(weights.get(name))) for name in weights.names())
+        return next((name for name, value in values if not bool(value.isfinite().all())), None)
+
     def load(self, runner: Runner, block: Block) -> Values:
         """A block's parameters."""
         return runner.load_as_stands(block)
@@ -125,6 +132,12 @@ def many_with(forward: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]
 def ranks_of(forward: Callable[[Tensor], Tensor]) -> Ranks:
     """The ranks that score together."""
     return forward.ranks if isinstance(forward, BlockScorer) else ALONE
+
+
+def why_not_finite(forward: Callable[[Tensor], Tensor]) -> str:
+    """What made a model's predictions NaN or infinite, as far as it can be told."""
+    name = forward.broken_weight() if isinstance(forward, BlockScorer) else None
+    return "a weight is not, or activations overflow" if name is None else f"{name} holds NaN or infinity"
 
 
 def rows_at_once(forward: Callable[[Tensor], Tensor], length: int, most: int) -> int:

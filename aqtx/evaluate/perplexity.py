@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aqtx.blockwise.block_scores import many_with, ranks_of, rows_at_once
+from aqtx.blockwise.block_scores import many_with, ranks_of, rows_at_once, why_not_finite
 from aqtx.errors import InputError
 from aqtx.program.token_ids import context_of
 from aqtx.schema import parse_fields
@@ -158,8 +158,8 @@ def evaluate_perplexity(
             nll[piece.document] += loss
     if broken := [index for index, loss in enumerate(nll) if not np.isfinite(loss)]:
         raise InputError(
-            f"the model's predictions on evaluation document {broken[0]} are not finite ({nll[broken[0]]}): a weight "
-            "is not, or activations overflow"
+            f"the model's predictions on evaluation document {broken[0]} are not finite ({nll[broken[0]]}): "
+            f"{why_not_finite(forward)}"
         )
     num_tokens = np.array([len(document.ids) - 1 for document in documents], dtype=np.int64)
     return DocumentScores(tuple(document.domain for document in documents), nll, num_tokens, window, context)
