@@ -16,7 +16,7 @@ from tests.formats.cases import EVERY, K_QUANTS, normal
 
 NUM_ROWS = 24
 OTHERS = sorted({name.partition("@")[0] for name in (*EVERY, *K_QUANTS)})
-FEW = [("int4", 576), ("mxfp4", 100), ("int3_asym", 300), ("nvfp4", 104), ("q4_k", 300)]
+FEW = [("int4", 576), ("mxfp4", 100), ("int3_asym", 300), ("nvfp4", 104), ("q4_k", 300), ("q3_k", 96), ("q4_k", 96)]
 WIDTHS = (100, 96, 192, 300, 576)
 
 

@@ -92,7 +92,8 @@ def per_block(supers: Tensor, num_blocks: int, fmt: Format) -> Tensor:
     """What super-blocks [..., S] share, said for each of their blocks: [..., G]."""
     assert fmt.block is not None
     times = SUPER_BLOCK // fmt.block
-    spread = supers.unsqueeze(-1).expand(*supers.shape, times).flatten(-2)
+    # of a single super-block the flattened view would have a stride of 0, which `stored` must not see
+    spread = supers.unsqueeze(-1).expand(*supers.shape, times).flatten(-2).contiguous()
     return spread if spread.shape[-1] == num_blocks else stored(spread)[..., :num_blocks]
 
 
