@@ -78,6 +78,13 @@ def test_a_checkpoint_that_is_not_what_was_written_is_refused(checkpoint: Path, 
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@needs_kernel
+def test_experts_that_the_kernel_does_not_decode_are_refused_before_it_is_compiled(tmp_path: Path) -> None:
+    folder = quantized(write_checkpoint(tmp_path / "weights"), tmp_path / "q", {"*.experts.[01].*": "q4_k"})
+    told = refused(lambda: compile_entry(aqtx.load(folder), "score", tmp_path / "model.pt2", {}))
+    assert "q4_k" in told and "does not decode" in told
+
+
 def test_what_only_python_runs_is_refused_before_it_is_compiled(tmp_path: Path) -> None:
     plan = {"default": {"wq": "int8", "aq": "int8_row"}, "overrides": []}
     program = aqtx.trace(write_checkpoint(tmp_path / "weights"))

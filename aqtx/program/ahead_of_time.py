@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from aqtx.errors import InputError
-from aqtx.formats import QuantizedTensor, kernel
+from aqtx.formats import QuantizedTensor, kernel, parse
 from aqtx.formats.grouped_linear_packed import dense_product
-from aqtx.formats.mixed import MixedExperts
+from aqtx.formats.mixed import UNQUANTIZED, MixedExperts
 from aqtx.machine.files import writing
 from aqtx.program.cache_spec import CacheSpec, of_graph, to_text
 from aqtx.program.hadamard_op import OP as HADAMARD
@@ -119,6 +119,18 @@ def _refuse_python(module: fx.GraphModule, device: torch.device) -> None:
                 f"experts (node {node.name}) need the compiled kernel in a package for a CPU, and there is none: unset "
                 "AQTX_KERNEL, and install g++"
             )
+        unknown = _undecoded(_value(module, node.args[1])) if device.type == "cpu" else []
+        if unknown:
+            raise InputError(
+                f"experts (node {node.name}) of {', '.join(unknown)}, which the compiled kernel does not decode, have "
+                "no package for a CPU: give them another format"
+            )
+
+
+def _undecoded(value: Tensor) -> list[str]:
+    """Formats of a stack of experts that the compiled kernel does not know."""
+    names = value.formats if isinstance(value, MixedExperts) else [getattr(value, "format_name", UNQUANTIZED)]
+    return sorted({name for name in names if not kernel.decodes(parse(name))})
 
 
 def _value(module: nn.Module, node: fx.Node) -> Tensor:
