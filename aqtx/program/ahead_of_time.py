@@ -2,9 +2,9 @@
 
 bound graph -> torch.export -> AOTInductor -> FILE.pt2, which torch loads in Python and in C++.
 
-On a CPU the ops that decode packed weights are those of the compiled kernel (`formats/kernel.py`), so whoever loads the
-package loads that library first. Without the kernel (AQTX_KERNEL=off) a matrix decodes in plain torch ops and the
-package needs nothing, but experts have no such form on a CPU. What would be called in Python is refused.
+On a CPU packed weights, experts and attention over a cache go to ops of the compiled kernel (`formats/kernel.py`), so
+whoever loads the package loads that library first. Without the kernel (AQTX_KERNEL=off) a matrix decodes in plain torch
+ops and the package needs nothing, but experts have no such form. What would be called in Python is refused.
 """
 
 import json
@@ -33,6 +33,7 @@ ENTRIES = ("step", "score")
 KERNEL_OPS = "aqtx_cpu::"
 _DYNAMIC = torch.export.Dim.DYNAMIC
 _GROUPED = torch.ops.aqtx.grouped_linear.default
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _PLAIN_SPEC = [16, 0, 0, 0, 0, 0, 0]  # as `kernel.spec_of` tells of a weight that is not packed
 _EXAMPLE = (2, 16, 32)  # sequences, tokens and cache slots to trace with; none of them may be 1, which is special
 
@@ -47,6 +48,7 @@ def compile_entry(program: Program, entry: str, file: Path, told: Mapping[str, s
     """
     module = cast(fx.GraphModule, program.module(entry))
     _lower_plain_experts(module, program.device)
+    _lower_attention(module, program.device)
     _refuse_python(module, program.device)
     caches = of_graph(program.entry(entry)) if entry == "step" else []
     arguments, dynamic = _inputs(caches, program.device)
@@ -100,6 +102,24 @@ def _lower_plain_experts(module: fx.GraphModule, device: torch.device) -> None:
             experts, rows, _ = _value(module, weight).shape
             node.target = torch.ops.aqtx_cpu.grouped.default
             node.args = (x, offsets, [weight], _PLAIN_SPEC, list(range(experts)), rows)
+    module.recompile()
+
+
+def _lower_attention(module: fx.GraphModule, device: torch.device) -> None:
+    """Attention over a cache by an op that reads only the slots in use; torch's own packs and reads all of them.
+
+    The same function, rounded elsewhere. Calls of another form than `models/attention.py` makes stay as they are.
+    """
+    if device.type != "cpu" or not kernel.available():
+        return
+    for node in list(module.graph.nodes):
+        if node.target is not _ATTENTION or len(node.args) != 4 or not set(node.kwargs) <= {"enable_gqa", "scale"}:
+            continue
+        query, mask = (argument and argument.meta.get("val") for argument in (node.args[0], node.args[3]))
+        if query is None or mask is None or mask.dtype is not torch.bool or mask.dim() != 4:
+            continue
+        scale = node.kwargs.get("scale") or query.shape[-1] ** -0.5
+        node.target, node.args, node.kwargs = torch.ops.aqtx_cpu.attention.default, (*node.args, float(scale)), {}
     module.recompile()
 
 
