@@ -22,7 +22,6 @@ from aqtx.runs.plan_only import plan_recipe
 from aqtx.runs.recipe import load_recipe
 folder, started = Path(sys.argv[1]), time.process_time()
 overrides = [f"model.source={folder}", f"output={folder / 'out'}", "passes.1.assign_plan.average_bits=4.5"]
-overrides.append("passes.1.assign_plan.method=uniform")  # what is measured is not the search for a plan
 planned = plan_recipe(load_recipe("quickstart", overrides), config_only=True, quiet=True)
 weights, entries = planned.program.weights, planned.plan.sites.values()
 print(json.dumps({

@@ -180,6 +180,13 @@ class Settings:
         """The same by a method that looks at no text: to it all Gaussian matrices are alike, as to the error."""
         return replace(self, method="error", objective="mean", rounds=1) if self.needs_text else self
 
+    def on_assumed_costs(self) -> Self:
+        """The same where no text and no weight is read: an optimum of costs that are alike is not worth a proof.
+
+        To prove one for 15,000 matrices takes over a gigabyte and a minute.
+        """
+        return replace(self.without_text(), prove=False)
+
     def unread(self, also: Collection[str] = ()) -> list[str]:
         """A sentence for each key that differs from its default although the method does not read it.
 

@@ -53,7 +53,7 @@ def _plan(recipe: Recipe, directory: Path, *, config_only: bool, quiet: bool) ->
         raise InputError("passes: there is no `assign_plan`, so there is nothing to plan")
     if config_only:
         deciding = [step for step in passes if step.stage == "plan"]
-        passes = [step.without_text() if isinstance(step, Settings) else step for step in deciding]
+        passes = [step.on_assumed_costs() if isinstance(step, Settings) else step for step in deciding]
         assume_gaussian(program, [fmt for step in passes if isinstance(step, Settings) for fmt in step.formats])
     Run(program, recipe_context(recipe, program, quiet=quiet)).execute(passes)
     assert program.plan is not None
