@@ -25,8 +25,7 @@ def test_without_our_import_transformers_loads_nothing_and_says_why(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "quantized by aqtx; `import aqtx` before loading" in done.stderr.splitlines()[-1]
-    words[2] = "import aqtx; " + words[2]
-    assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    reloaded(folder)  # with the import
     again = aqtx.save(aqtx.load(folder), tmp_path / "again")
     assert (again / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
@@ -39,7 +38,10 @@ def test_weights_under_another_name_than_we_would_read_are_refused(tmp_path):
         aqtx.trace(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("afmoe", {**AFMOE, "num_dense_layers": 1}), ("gpt_bigcode", BIGCODE)])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [pytest.param("afmoe", {**AFMOE, "num_dense_layers": 1}, marks=pytest.mark.slow), ("gpt_bigcode", BIGCODE)],
+)
 def test_modules_that_initialize_the_weights_of_others_load(tmp_path, kind, settings):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
     randomize(model)
