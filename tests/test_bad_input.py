@@ -35,9 +35,9 @@ def test_a_line_that_is_no_passage_is_told_with_its_number(tmp_path, line):
 
 def test_what_would_never_end_is_told(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(InputError, match=r"pipe\.txt is no file"):
+    with pytest.raises(InputError, match=r"pipe\.txt.* no file"):
         read_passages(str(tmp_path / "pipe.txt"), "calibration")
-    with pytest.raises(InputError, match=r"pipe\.txt is no file"):
+    with pytest.raises(InputError, match=r"pipe\.txt.* no file"):
         read_manual(str(tmp_path / "pipe.txt"), ["a"])
     monkeypatch.setattr(sources, "_MOST_TEXT", 1000)
     for name in ("bomb.txt.gz", "bomb.jsonl.gz"):
