@@ -5,8 +5,8 @@ from aqtx.commands.tables import format_table
 HEADERS = ("model_type", "graph", "cache", "streamed", "packed sources", "rotations", "exports")
 ROTATIONS = ("residual", "heads", "down")
 NOTE = (
-    "graph: ours (`models/`), or traced from transformers' module. cache: generates with one, else scores the whole\n"
-    "text for each token. streamed: weights are read one matrix at a time. rotations: of the residual stream (R1), of\n"
+    "graph: ours (`models/`), or traced from transformers' module. cache: generates with ours or with\n"
+    "transformers' own. streamed: weights are read one matrix at a time. rotations: of the residual stream (R1), of\n"
     "heads (R2), before down projections; others are refused in a sentence."
 )
 
@@ -23,7 +23,7 @@ def family_rows() -> list[list[str]]:
             [kind, "ours", "yes", "yes", ", ".join(packings(kind)), ", ".join(rotations), ", ".join(_exports(kind))]
         )
     packed = ", ".join(packings(None))
-    rows.append(["any other", "traced", "no", "yes", packed, "where proven", ", ".join(_exports(None))])
+    rows.append(["any other", "traced", "transformers'", "yes", packed, "where proven", ", ".join(_exports(None))])
     return rows
 
 
