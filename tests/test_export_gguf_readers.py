@@ -37,6 +37,7 @@ def own_logits(folder: Path) -> np.ndarray:
         return aqtx.load(folder).module()(torch.tensor([IDS]))[0].float().numpy()
 
 
+@pytest.mark.slow
 def test_llama_cpp_writes_the_text_that_we_write(tmp_path: Path) -> None:
     """A quantized model, its values in float32, so that llama.cpp rounds no inputs: 32 tokens after a prompt."""
     folder = quantized("tinymoe", tmp_path / "q", {"*.experts.*": "int3", "*.self_attn.*": "q4_k"})

@@ -43,7 +43,12 @@ FAMILIES = (
 )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# What stands for the others in the default suite: plain experts, latent attention, sinks, linear attention, no experts.
+QUICK = ("olmoe", "deepseek-v3", "gpt-oss", "qwen3-5-moe", "llama")
+PARAMS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 checkpoint that transformers saved."""
     folder = tmp_path_factory.mktemp(request.param, numbered=False)

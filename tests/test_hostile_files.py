@@ -335,7 +335,7 @@ sys.exit(cli.main(["apply", "quickstart", "output=" + sys.argv[2], "evaluate.max
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_end_says_that_it_can_be_resumed(tmp_path, name):
     done = subprocess.run(
         [sys.executable, "-c", STOPPED, name, str(tmp_path / "run")], capture_output=True, text=True, check=False

@@ -119,7 +119,7 @@ def test_the_quickstart_keeps_its_promises(quickstart):
     assert 0 <= stored - data["bytes"]["after"] < 0.02 * stored  # the file's headers are the difference
     assert data["average_bits_model"] == pytest.approx(data["bytes"]["after"] * 8 / data["weights"]["total"])
     assert quickstart.cpu_seconds < 300  # processor time: the machine may be busy with other things
-    assert data["peak_memory_bytes"] < 3e9
+    assert data["peak_memory_bytes"] < 1.4e9
     assert (quickstart.directory / "report.html").stat().st_size > 100_000
     assert len(list((quickstart.directory / "figures").glob("*.png"))) >= 8
 
@@ -141,7 +141,7 @@ def test_each_command_runs(line, workspace, capsys):
     assert program == "aqtx"
     status = cli.main(words)
     captured = capsys.readouterr()
-    told = [line for line in captured.err.splitlines() if not line.endswith(" tokens/s")]
+    told = [line for line in captured.err.splitlines() if "tokens/s" not in line]
     assert (status, told) == (0, [])
     assert captured.out.strip()
 

@@ -39,7 +39,9 @@ def test_every_recipe_is_run_by_some_test():
     assert sorted(shipped_recipes()) == sorted([*RUNS, "quickstart", "study"])  # these have test files of their own
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "vllm_mixed" else name for name in RUNS]
+)
 def test_a_shipped_recipe_runs_and_reloads(name, tmp_path):
     overrides, bits = RUNS[name]
     report = aqtx.apply(name, output=str(tmp_path / name), **{**SMALL, **overrides})

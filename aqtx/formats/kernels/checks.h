@@ -121,7 +121,7 @@ inline void check_runs(const at::Tensor& values, const at::Tensor& importance, c
   TORCH_CHECK(values.dim() == 2 && importance.dim() == 2 && grid.scale.dim() == 2, "aqtx: float32 matrices only");
   const int64_t R = values.size(0), B = values.size(1), C = grid.scale.size(0);
   TORCH_CHECK(B % 16 == 0, "aqtx: runs in multiples of 16, not of ", B);
-  TORCH_CHECK(C > 0 && importance.size(0) > 0, "aqtx: no candidates, or no importance");
+  TORCH_CHECK(C > 0 && (R == 0 || importance.size(0) > 0), "aqtx: no candidates, or no importance");
   check_grid(grid, {C, R}, spec);
   check_plain(values, at::kFloat, {R, B}, "runs");
   check_plain(importance, at::kFloat, {importance.size(0), B}, "importance");
