@@ -79,28 +79,29 @@ class Backward:
             yield batch, Rows(found[f"x.{source.name}"], found[f"d.{node.name}"], sequence, offsets)
 
     def _run_block(self, block: Block, head: Head) -> None:
-        stream = self.runner.stream
-        stream.rewind(self._marks[block.index])
+        self.runner.stream.rewind(self._marks[block.index])
         weights = self.runner.load(block)
         for batch in self.runner.batches:
-            values = stream.read(batch, self.runner.device)
-            inputs = {
-                node: values[node].detach().requires_grad_() for node in block.inputs if self._flows(node, values)
-            }
-            taps = Taps(block, self.wanted)
-            found = self._again(block, {**values, **inputs, **weights}, taps)
-            later = self._later(block, batch, found, head)
-            into = [*inputs.values(), *taps.outputs(found).values()]
-            own = [node for node in later if node in found and found[node].requires_grad and node not in values]
-            gradients = torch.autograd.grad(
-                [found[node] for node in own], into, [later[node] for node in own], allow_unused=True
-            )
-            incoming = {node: value for node, value in later.items() if node in values}
-            for node, gradient in zip(inputs, gradients, strict=False):
-                if gradient is not None:
-                    incoming[node] = gradient + incoming[node] if node in incoming else gradient
-            self.gradients.put(str(batch), {node.name: value for node, value in incoming.items()})
-            self.rows.put(str(batch), taps.told(found, gradients[len(inputs) :], self.sizes[batch]))
+            self._run_batch(block, batch, weights, head)
+            release_unused()  # of its graph, before the next batch makes one
+
+    def _run_batch(self, block: Block, batch: int, weights: Values, head: Head) -> None:
+        values = self.runner.stream.read(batch, self.runner.device)
+        inputs = {node: values[node].detach().requires_grad_() for node in block.inputs if self._flows(node, values)}
+        taps = Taps(block, self.wanted)
+        found = self._again(block, {**values, **inputs, **weights}, taps)
+        later = self._later(block, batch, found, head)
+        into = [*inputs.values(), *taps.outputs(found).values()]
+        own = [node for node in later if node in found and found[node].requires_grad and node not in values]
+        gradients = torch.autograd.grad(
+            [found[node] for node in own], into, [later[node] for node in own], allow_unused=True
+        )
+        incoming = {node: value for node, value in later.items() if node in values}
+        for node, gradient in zip(inputs, gradients, strict=False):
+            if gradient is not None:
+                incoming[node] = gradient + incoming[node] if node in incoming else gradient
+        self.gradients.put(str(batch), {node.name: value for node, value in incoming.items()})
+        self.rows.put(str(batch), taps.told(found, gradients[len(inputs) :], self.sizes[batch]))
 
     def _flows(self, node: fx.Node, values: Values) -> bool:
         return node in self._moving and isinstance(values[node], Tensor) and values[node].is_floating_point()
