@@ -18,6 +18,7 @@ from aqtx.blockwise.input_moments import Moments
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor, kernel, parse
 from aqtx.formats.codec import check_finite
+from aqtx.machine.memory import release_unused
 from aqtx.numerics.gptq import Curvature, Options, Solution
 from aqtx.numerics.shrinkage import pooled_prior
 from aqtx.program.blocks import Block, Values
@@ -108,6 +109,7 @@ class BlockRounder:
                     if ranks.owns(place):
                         mine.add(self._round_unit(unit, found, priors.get(id(unit.stage)), weights))
                     found.H = found.H.new_empty(0)
+                    release_unused()  # the solver's squares, before the next unit makes its own
                 in_run = [site for unit in run for part in unit.stage.sites.values() for site in part]
                 told.add(self._exchange(mine, weights, in_run))
         return replace(told, codes={})
