@@ -225,8 +225,8 @@ STOPPED = """
 import os, signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 from aqtx import cli
-from aqtx.runs.pipeline import Run
-Run._run_pass = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+from aqtx.passes.annotate_alpha import AnnotateAlpha
+AnnotateAlpha.run = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
