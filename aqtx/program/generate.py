@@ -78,6 +78,29 @@ class Continues(Protocol):
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
 
 
+def refuse_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: tuple[int | None, int | None]
+) -> None:
+    """Tell of what a model has no token or no position for; `limits` are its numbers of both, None without an end.
+
+    Raises:
+        InputError: a prompt holds such a token, or is too long with what is to be written.
+    """
+    tokens, positions = limits
+    refuse_ids(tokens, map(torch.tensor, prompts), "the prompt")
+    longest = max(map(len, prompts)) + max_new_tokens
+    refuse_length(positions, longest, "the prompt with what is to be written behind it")
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts as ids [B, S] that all end in the last column, and where each begins [B]."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[width - len(prompt) :] = torch.tensor(prompt)
+    return ids, torch.tensor([width - len(prompt) for prompt in prompts])
+
+
 class Generator:
     """Continues prompts. Hold one for many calls: the step graph is bound to its weights once."""
 
@@ -127,19 +150,13 @@ class Generator:
     ) -> list[list[int]]:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
         random = torch.Generator().manual_seed(0) if random is None else random
-        tokens, positions = self._limits
-        refuse_ids(tokens, map(torch.tensor, prompts), "the prompt")
-        longest = max(map(len, prompts)) + max_new_tokens
-        refuse_length(positions, longest, "the prompt with what is to be written behind it")
+        refuse_prompts(prompts, max_new_tokens, self._limits)
         if not self.has_cache:
             return [self._rescore(list(prompt), max_new_tokens, stop, sampling, random) for prompt in prompts]
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[width - len(prompt) :] = torch.tensor(prompt)
-        start = torch.tensor([width - len(prompt) for prompt in prompts], device=self._device)
-        cache = self.make_cache(len(prompts), width + max_new_tokens)
-        pos = torch.arange(width, device=self._device)
+        ids, start = left_padded(prompts)
+        start = start.to(self._device)
+        cache = self.make_cache(len(prompts), ids.shape[1] + max_new_tokens)
+        pos = torch.arange(ids.shape[1], device=self._device)
         made: list[list[int]] = [[] for _ in prompts]
         live = set(range(len(prompts)))
         for _ in range(max_new_tokens):

@@ -15,9 +15,9 @@ from aqtx.checkpoint.huggingface.inputs import InputOps
 from aqtx.checkpoint.huggingface.skeleton import blank
 from aqtx.models import supported
 from aqtx.program.edits import by_weight
-from aqtx.program.generate import GREEDY, Continues, Generator, Sampling, Stop
+from aqtx.program.generate import GREEDY, Continues, Generator, Sampling, Stop, left_padded, refuse_prompts
 from aqtx.program.program import Program
-from aqtx.program.token_ids import num_positions, num_tokens, refuse_ids, refuse_length
+from aqtx.program.token_ids import num_positions, num_tokens
 
 
 def generator_of(program: Program) -> "Continues":
@@ -81,15 +81,9 @@ class TransformersGenerator:
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
         from transformers import GenerationConfig
 
-        refuse_ids(self._limits[0], map(torch.tensor, prompts), "the prompt")
-        longest = max(map(len, prompts)) + max_new_tokens
-        refuse_length(self._limits[1], longest, "the prompt with what is to be written behind it")
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long, device=self._device)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[width - len(prompt) :] = torch.tensor(prompt)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
-        mask = (torch.arange(width, device=self._device) >= width - lengths.unsqueeze(1)).long()
+        refuse_prompts(prompts, max_new_tokens, self._limits)
+        ids, start = (value.to(self._device) for value in left_padded(prompts))
+        mask = (torch.arange(ids.shape[1], device=self._device) >= start.unsqueeze(1)).long()
         picking = _Picking(sampling, torch.Generator().manual_seed(0) if random is None else random)
         ended = _Ended(len(prompts), stop)
         self._model.generate(
