@@ -72,9 +72,10 @@ class Gptq(Pass):
     def validate(self) -> list[str]:
         """Numbers must make sense."""
         problems = []
-        for name in ("damp_fraction", "sweeps"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name} must not be negative, it is {getattr(self, name)}")
+        if not 0 <= self.damp_fraction <= 1:
+            problems.append(f"damp_fraction must be from 0 to 1, it is {self.damp_fraction}")
+        if self.sweeps < 0:
+            problems.append(f"sweeps must not be negative, it is {self.sweeps}")
         for name in ("block_size", "tokens_per_batch", "max_memory"):
             value = getattr(self, name)
             if value is not None and value < 1:

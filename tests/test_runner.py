@@ -111,6 +111,7 @@ def test_a_budget_that_cannot_be_met_says_the_smallest_possible(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # the README's example compiles the same model in the default tests
 def test_loaded_model_compiles_and_agrees_with_eager(first):
     """In float32, where no rounding is large enough to change a token's experts."""
     module = aqtx.trace(first.directory, torch.float32).module()

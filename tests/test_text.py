@@ -100,6 +100,16 @@ def test_an_unknown_source_gets_the_nearest_name(tmp_path):
         read_passages(str(tmp_path), "calibration")
 
 
+def test_a_folder_of_too_many_files_is_not_walked(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("text")
+    monkeypatch.setattr("aqtx.text.sources._MOST_FILES", 2)
+    assert len(read_passages(str(tmp_path), "calibration")) == 2
+    (tmp_path / "below").mkdir()
+    with pytest.raises(InputError, match=f"{tmp_path} holds more than 2 files; name the one that has the text"):
+        read_passages(str(tmp_path), "calibration")
+
+
 def test_evaluation_keeps_documents_apart_and_adds_the_tokenizers_own_start_token(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"domain": "d", "text": text}) + "\n" for text in ("abc", "", "de")))

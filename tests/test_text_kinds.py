@@ -11,7 +11,10 @@ import aqtx
 from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.errors import InputError
 from aqtx.evaluate.perplexity import evaluate_perplexity, window_of
+from aqtx.passes.annotate_fisher import AnnotateFisher
 from aqtx.passes.annotate_hessian import AnnotateHessian
+from aqtx.passes.assign_plan import AssignPlan
+from aqtx.passes.gptq import Gptq
 from aqtx.program.generate import Generator
 from aqtx.program.token_ids import check_ids, num_positions, num_tokens
 from aqtx.registry import Context
@@ -19,7 +22,7 @@ from aqtx.runs.opening import calibration_of, documents_of
 from aqtx.runs.recipe import parse_recipe
 from aqtx.text.sources import Passage, read_passages
 from aqtx.text.tokens import Document
-from tests.tiny import hub_tensors, random_model, write_checkpoint
+from tests.tiny import OLMOE, hub_tensors, random_model, write_checkpoint
 
 ROWS = [{"text": "one", "domain": "a"}, {"text": "two"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -101,11 +104,12 @@ def test_a_context_under_another_name_is_kept(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory):
-    """A model whose second layer's `down_proj` of experts puts out more than float16 holds."""
-    tensors = hub_tensors(random_model())
+    """A model of three layers whose second one's `down_proj` of experts puts out more than float16 holds."""
+    config = OLMOE | {"num_hidden_layers": 3}
+    tensors = hub_tensors(random_model(config))
     large = {name: 3e4 * value for name, value in tensors.items() if "layers.1.mlp.experts" in name and "down" in name}
     large |= {name: 100 * value for name, value in tensors.items() if "layers.1.mlp.experts" in name and "up" in name}
-    return aqtx.trace(write_checkpoint(tmp_path_factory.mktemp("large"), **large), torch.float16)
+    return aqtx.trace(write_checkpoint(tmp_path_factory.mktemp("large"), config, **large), torch.float16)
 
 
 def test_an_overflow_in_float16_names_the_layer_and_the_remedy(overflowing):
@@ -114,6 +118,10 @@ def test_an_overflow_in_float16_names_the_layer_and_the_remedy(overflowing):
     for work in (
         lambda: evaluate_perplexity(BlockScorer(overflowing, 10**9), [Document("a", ids[0])], window=16),
         lambda: aqtx.run(overflowing, [AnnotateHessian()], calibration=ids),
+        lambda: aqtx.run(overflowing, [AnnotateFisher(num_sequences=2)], calibration=ids),
+        lambda: aqtx.run(
+            overflowing, [AssignPlan(method="uniform", candidates=("int4_g32",)), Gptq()], calibration=ids
+        ),
     ):
         with pytest.raises(InputError, match=words):
             work()

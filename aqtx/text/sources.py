@@ -13,6 +13,7 @@ A source is written in one word, as recipes do:
 """
 
 import gzip
+import itertools
 import json
 import warnings
 import zlib
@@ -27,6 +28,7 @@ UNNAMED = "text"  # the domain of text that names none
 BUILTIN_DOMAINS = ("wiki", "web", "python", "docs", "scripture")
 BUILTIN = Path(__file__).resolve().parents[1] / "models" / "tinymoe" / "text"
 _MOST_TEXT = 2_000_000_000  # characters of one file: what a compressed one may unfold to
+_MOST_FILES = 100_000  # below one folder
 _LINES = (".jsonl", ".ndjson", ".json")
 _NO_TEXT = (
     *(".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".xml", ".html", ".htm", ".yaml", ".yml", ".sqlite"),
@@ -132,10 +134,14 @@ def _builtin(part: str) -> list[Passage]:
 
 
 def _from_folder(folder: Path) -> list[Passage]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path) in SUFFIXES)
+    found = list(itertools.islice(folder.rglob("*"), _MOST_FILES + 1))
+    if len(found) > _MOST_FILES:  # `/`, a home folder
+        raise InputError(f"the folder {folder} holds more than {_MOST_FILES:,} files; name the one that has the text")
+    files = sorted(path for path in found if path.is_file())
+    paths = [path for path in files if _kind(path) in SUFFIXES]
     if not paths:
         raise InputError(f"the folder {folder} holds no text file ({', '.join(SUFFIXES)})")
-    if passed := sorted(path.name for path in folder.rglob("*") if path.is_file() and _kind(path) in _NO_TEXT):
+    if passed := sorted(path.name for path in files if _kind(path) in _NO_TEXT):
         warnings.warn(f"{folder}: {len(passed)} files are not read as text, first {passed[0]}", stacklevel=2)
     passages: list[Passage] = []
     for path in paths:
