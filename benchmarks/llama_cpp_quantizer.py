@@ -22,8 +22,9 @@ import aqtx
 from aqtx.checkpoint.exports.gguf import entries
 from aqtx.checkpoint.exports.run import export
 from aqtx.checkpoint.exports.target import Job
-from aqtx.evaluate.arms import EvalSettings, evaluate_arms
+from aqtx.evaluate.arms import evaluate_arms
 from aqtx.evaluate.perplexity import DocumentScores
+from aqtx.evaluate.spec import EvaluateSpec
 from aqtx.evaluate.statistics import paired_change
 from aqtx.registry import Context
 from aqtx.runs.arms import open_arms
@@ -90,9 +91,8 @@ def planned_bytes(file: Path) -> tuple[int, int]:
 
 def score(file: Path) -> dict[str, Any]:
     """Scores and size of one file, decoded."""
-    results = evaluate_arms(
-        open_arms([f"arm={file}"]), EvalSettings(max_tokens=NUM_TOKENS, window=512), progress=Context().progress
-    )
+    spec = EvaluateSpec(perplexity="builtin", max_tokens=NUM_TOKENS, window=512)
+    results = evaluate_arms(open_arms([f"arm={file}"]), spec, progress=Context().progress)
     size, weights = planned_bytes(file)
     types: dict[str, int] = {}
     for tensor in GGUFReader(file).tensors:

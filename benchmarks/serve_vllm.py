@@ -43,7 +43,8 @@ def serve(folder: Path, job: dict) -> dict:
     [made] = model.generate([{"prompt_token_ids": job["start"]}], greedy)
     count = sum(map(len, scores))
     loss = -sum(map(sum, scores)) / count
-    return {"loss": loss, "tokens": count, "greedy": list(made.outputs[0].token_ids), "load_seconds": loaded}
+    told = {"loss": loss, "tokens": count, "scores": scores, "load_seconds": loaded}
+    return {**told, "greedy": list(made.outputs[0].token_ids)}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Documents hold together: their length, their sentences, their links, and commands that stand in running text."""
 
+import ast
 import re
 import shlex
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -62,3 +66,20 @@ def test_benchmarks_in_running_text_exist_with_their_options(line):
     module = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
     source = Path(ROOT / module).read_text()
     assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+
+
+def test_what_benchmarks_import_of_aqtx_exists():
+    lost = []
+    for file in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "aqtx":
+                module = import_module(node.module)
+                lost += [
+                    f"{file.name}: {node.module}.{alias.name}" for alias in node.names if not has(module, alias.name)
+                ]
+    assert lost == []
+
+
+def has(module: ModuleType, name: str) -> bool:
+    """Whether a module holds a name, or a module of that name."""
+    return hasattr(module, name) or find_spec(f"{module.__name__}.{name}") is not None

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import aqtx
 from aqtx.checkpoint.exports.run import export
+from aqtx.checkpoint.huggingface.names import from_disk
 from aqtx.errors import InputError
 from tests.model_cases import oracle
 from tests.quantized_folders import config_of, quantized
@@ -44,9 +45,9 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_parameters(folder: Path, theirs: dict[str, torch.Tensor]) -> int:
     """Every parameter of our model bit for bit in theirs, where gate and up of experts are one stack."""
-    own = aqtx.load(folder)
+    own, kind = aqtx.load(folder), config_of(folder)["model_type"]
     values = {
-        name: value.dequantize() if hasattr(value, "dequantize") else value
+        from_disk(kind, name): value.dequantize() if hasattr(value, "dequantize") else value
         for name, value in own.parameters(own.weights.names()).items()
     }
     unlike = []
@@ -82,7 +83,9 @@ def test_experts_of_one_scheme_load_bit_for_bit(tmp_path: Path) -> None:
     assert assert_same_parameters(folder, loaded(tmp_path / "out")) == 4 * 12 + 3
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", pytest.param("qwen2-moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3-moe", "deepseek-v3", pytest.param("qwen2-moe", marks=pytest.mark.slow)]
+)
 def test_experts_of_other_families_load_bit_for_bit(family: str, tmp_path: Path) -> None:
     oracle(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "source", tmp_path / "q", {"*.experts.*": "int4_row"})

@@ -1,7 +1,7 @@
 """To and from torchao's own tensor classes, exact in both directions, and its safetensors registry.
 
-On GPUs torchao computes MX and NVFP4 with hardware instructions; its classes are the conversion target
-there. Codes are copied, never rounded again. torchao keeps 6-bit codes in whole bytes and E8M0 scales
+On GPUs torchao computes MX and NVFP4 with hardware instructions and INT4 with kernels of `mslk`; its classes are the
+conversion target there. Codes are copied, never rounded again. torchao keeps 6-bit codes in whole bytes and E8M0 scales
 as float8_e8m0fnu; both change on the way and back without loss.
 """
 
@@ -33,7 +33,35 @@ def class_of(fmt: Format, num_columns: int) -> str | None:
         return "MXTensor"
     if fmt.scale is NVFP4_SCALE:
         return "NVFP4Tensor"
-    return None if fmt.element.is_float or not fmt.is_packed else "IntxUnpackedToInt8Tensor"
+    if fmt.element.is_float or not fmt.is_packed:
+        return None
+    return "Int4Tensor" if _is_int4(fmt, num_columns) else "IntxUnpackedToInt8Tensor"
+
+
+def _is_int4(fmt: Format, num_columns: int) -> bool:
+    """Symmetric INT4 in whole bytes. An offset in bf16, as `Int4Tensor` keeps it, would round zero points."""
+    return fmt.element.name == "int4" and not fmt.asymmetric and num_columns % 2 == 0
+
+
+def _to_int4(tensor: QuantizedTensor) -> Any:
+    """Two codes a byte in two's complement, the first in the low half; scales by group first, as its kernel asks."""
+    assert tensor.scale is not None
+    data = to_disk_order(tensor.codes() ^ 8, 4)  # from offset binary
+    scale = tensor.scale.transpose(-1, -2).contiguous()
+    blocks = [*(1 for _ in tensor.shape[:-1]), tensor.format.block_size(tensor.num_columns)]
+    made = import_quietly("torchao.quantization").Int4Tensor
+    return made(data, scale, torch.zeros_like(scale), blocks, tensor.shape)
+
+
+def values_of(tensor: Any) -> torch.Tensor:
+    """What torchao's tensor stands for. `Int4Tensor` has no `dequantize`, and multiplies with a GPU kernel only."""
+    if type(tensor).__name__ != "Int4Tensor":
+        made: torch.Tensor = tensor.dequantize()
+        return made
+    codes = (from_disk_order(tensor.qdata, 4, tensor.shape[-1]) ^ 8).to(tensor.dtype) - 8
+    groups = codes.unflatten(-1, (-1, tensor.block_size[-1]))
+    scale, zero = (part.transpose(-1, -2)[..., None] for part in (tensor.scale, tensor.zero_point))
+    return (groups * scale + zero).flatten(-2)
 
 
 def _to_intx(tensor: QuantizedTensor) -> Any:
@@ -50,8 +78,26 @@ def _to_intx(tensor: QuantizedTensor) -> Any:
     return made(values, tensor.scale, zero, kind, (1, block), tensor.orig_dtype, None)
 
 
-def to_torchao(tensor: QuantizedTensor) -> Any:
-    """torchao's tensor with the same codes and scales. InputError where it has no class for the format."""
+def rounds_inputs(fmt: Format, activation: str) -> bool:
+    """Whether torchao's tensor of a weight also rounds what it is multiplied with, as this project does by the name.
+
+    It does for MX, which torchao multiplies with rounded inputs only; inputs in NVFP4 have one outer scale there, and
+    here one a token.
+    """
+    inputs = parse(activation)
+    return fmt.scale is E8M0 and inputs.scale is E8M0 and inputs.rule == parse(inputs.name.partition("@")[0]).rule
+
+
+def _input_rounding(activation: str) -> Any:
+    element, _ = _MX_ELEMENTS[parse(activation).name.partition("@")[0]]
+    return import_quietly("torchao.prototype.mx_formats.mx_tensor").QuantizeTensorToMXKwargs(elem_dtype=element)
+
+
+def to_torchao(tensor: QuantizedTensor, activation: str | None = None) -> Any:
+    """torchao's tensor with the same codes and scales. InputError where it has no class for the format.
+
+    `activation` names the format of its inputs; it is left out where `rounds_inputs` says no.
+    """
     fmt = tensor.format
     block = fmt.block_size(tensor.num_columns)
     if fmt.scale.code_bits or (fmt.element.is_float and fmt.scale not in (E8M0, NVFP4_SCALE)):
@@ -60,7 +106,8 @@ def to_torchao(tensor: QuantizedTensor) -> Any:
         raise InputError(f"torchao takes whole blocks of {block} only, not rows of {tensor.num_columns}")
     assert tensor.scale is not None
     if not fmt.element.is_float:
-        return _to_intx(tensor)
+        is_int4 = _is_int4(fmt, tensor.num_columns) and tensor.orig_dtype == tensor.scale.dtype == torch.bfloat16
+        return _to_int4(tensor) if is_int4 else _to_intx(tensor)
     codes = tensor.codes()
     if fmt.scale is NVFP4_SCALE:
         assert tensor.per_tensor_scale is not None
@@ -73,7 +120,8 @@ def to_torchao(tensor: QuantizedTensor) -> Any:
     scale = tensor.scale.view(torch.float8_e8m0fnu)
     preference = import_quietly("torchao.quantization.quantize_.common.kernel_preference").KernelPreference.EMULATED
     made = import_quietly("torchao.prototype.mx_formats.mx_tensor").MXTensor
-    return made(data.view(dtype), scale, element, block, tensor.orig_dtype, preference, None, False)
+    inputs = _input_rounding(activation) if activation is not None and rounds_inputs(fmt, activation) else None
+    return made(data.view(dtype), scale, element, block, tensor.orig_dtype, preference, inputs, False)
 
 
 def from_torchao(tensor: Any, scale_rule: str | None = None) -> QuantizedTensor:

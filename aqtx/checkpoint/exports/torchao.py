@@ -19,7 +19,7 @@ from aqtx.checkpoint.write import copy_tokenizer
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.table import Format
 from aqtx.formats.torchao_base import import_quietly
-from aqtx.formats.torchao_convert import class_of, to_torchao
+from aqtx.formats.torchao_convert import class_of, rounds_inputs, to_torchao, values_of
 from aqtx.models.config_text import config_text
 
 INDEX = "model.safetensors.index.json"
@@ -36,7 +36,7 @@ def _support() -> Any:
 
 def _tensors(job: Job, metadata: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Parts of each tensor; fills `metadata` on the way."""
-    names = []
+    names, activations = [], job.activations()
 
     def flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         parts, told = _support().flatten_tensor_state_dict({key: value})
@@ -50,7 +50,7 @@ def _tensors(job: Job, metadata: dict[str, str]) -> Iterator[tuple[str, Tensor]]
     for name in job.formats:
         stored = job.program.stored(job.sites[name])
         assert isinstance(stored, QuantizedTensor)
-        yield from flat(f"{name}.weight", to_torchao(stored))
+        yield from flat(f"{name}.weight", to_torchao(stored, activations.get(name)))
     metadata["tensor_names"] = json.dumps(names)
 
 
@@ -63,8 +63,14 @@ def write(job: Job) -> list[str]:
     (job.output / "config.json").write_text(config_text(config))
     if job.program.folder is not None:
         copy_tokenizer(job.program.folder, job.output)
-    count = len(job.activations())
-    return [f"inputs of {count} matrices were rounded as the model ran; that is left out"] if count else []
+    told = []
+    inputs = job.activations().items()
+    lost = [name for name, how in inputs if name not in job.formats or not rounds_inputs(job.formats[name], how)]
+    if lost:
+        told.append(f"inputs of {len(lost)} matrices were rounded as the model ran; that is left out")
+    if count := sum(json.loads(text).get("_type") == "Int4Tensor" for text in metadata.values() if text[:1] == "{"):
+        told.append(f"{count} matrices are torchao's Int4Tensor, which computes on a GPU with the package mslk only")
+    return told
 
 
 def load(folder: Any) -> dict[str, Tensor]:
@@ -89,7 +95,7 @@ def verify(job: Job) -> Checked:
     for name in job.formats:
         key, stored = f"{name}.weight", job.program.stored(job.sites[name])
         assert isinstance(stored, QuantizedTensor)
-        compare(checked, key, theirs[key].dequantize(), stored.dequantize())
+        compare(checked, key, values_of(theirs[key]), stored.dequantize())
     checked.complete(theirs)
     return checked
 
