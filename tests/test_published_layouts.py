@@ -16,7 +16,7 @@ VISION = {
 SEEING = {"qwen3-5-moe": "qwen3_5_moe", "gemma3": "gemma3"}
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen3-5-moe", marks=pytest.mark.slow)])
 def test_the_text_model_of_one_that_sees_images(name: str, tmp_path: Path) -> None:
     """config.json keeps the text model in a section; its weights have a prefix, and the tower is left out."""
     whole, text = SEEING[name], SMALL | CASES[name][1]

@@ -27,6 +27,7 @@ RUNS = {
     "vllm_mixed": ({}, None),
     "router_only": ({"passes__3__finetune_router__epochs": 1}, 3.125),
 }
+SLOW = ("mixed_alpha", "mxfp4_rotated", "vllm_mixed")  # each has a sister in the default tests
 # recipes for another program -> the form that it loads, and its name
 EXPORTS = {
     "llamacpp_mixed": ("gguf", "llama.cpp"),
@@ -40,7 +41,7 @@ def test_every_recipe_is_run_by_some_test():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "vllm_mixed" else name for name in RUNS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RUNS]
 )
 def test_a_shipped_recipe_runs_and_reloads(name, tmp_path):
     overrides, bits = RUNS[name]
