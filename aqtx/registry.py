@@ -151,6 +151,7 @@ class Pass:
     annotates: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
+    matrix_copies: ClassVar[int] = 8  # float32 copies of one matrix that it may hold at a time, as measured
 
     def walks(self) -> tuple[Walks, int | None]:
         """How the pass goes through the model, which decides its memory; and of how many sequences, None for all."""

@@ -30,6 +30,7 @@ class AnnotateAlpha(Pass):
     """
 
     stage = "annotate"
+    matrix_copies = 2
     annotates = ("alpha", "alpha_info")
 
     spectra: Literal["farms", "full"] = "farms"

@@ -17,6 +17,7 @@ class Quantize(Pass):
     """Round to nearest, in the format of the plan; needs no data."""
 
     stage = "round"
+    matrix_copies = 3
     requires = ("assign_plan",)
 
     def find(self, program: Program) -> list[Site]:

@@ -9,8 +9,11 @@ import pytest
 
 from aqtx import cli
 from aqtx.errors import InputError
-from aqtx.machine.memory import bytes_of
+from aqtx.machine.memory import bytes_of, resident_bytes
+from aqtx.runs.memory_needs import needs
+from aqtx.runs.opening import program_of
 from aqtx.runs.recipe import load_recipe
+from tests.tiny import OLMOE
 
 
 @pytest.mark.parametrize(
@@ -100,3 +103,19 @@ def test_the_estimate_is_near_what_is_measured(tmp_path: Path) -> None:
     stages = ("annotate_alpha", "assign_plan", "gptq", "all")
     off = {stage: round(estimated[stage] / measured[stage], 2) for stage in stages}
     assert {stage for stage, ratio in off.items() if not 0.7 <= ratio <= 1.3} == set(), off
+
+
+def test_a_wide_head_counts_only_for_passes_that_work_on_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OLMOE | {"vocab_size": 50_000}))
+    told = {}
+    for keep in (["attention", "router", "lm_head"], ["attention", "router"]):
+        recipe = load_recipe("quickstart", {"model.source": str(tmp_path), "passes.1.assign_plan.keep": keep})
+        program = program_of(recipe, config_only=True)
+        told["lm_head" in keep] = {need.stage: need.peak - resident_bytes() for need in needs(recipe, program)}
+    shapes = {site.category: site.shape for site in program.sites()}
+    head, expert = (rows * columns for rows, columns in (shapes["lm_head"], shapes["mlp_down"]))
+    more = {stage: (told[False][stage] - told[True][stage]) / 4 for stage in told[True]}
+    noise = 1 << 20  # of what the process holds
+    assert abs(more["annotate_alpha"]) <= noise
+    assert more["assign_plan"] == pytest.approx(8 * (head - expert), abs=noise)
+    assert more["gptq"] == pytest.approx(14 * (head - expert), rel=0.05)

@@ -118,7 +118,7 @@ class BlockRounder:
         """A stage's experts in quanta of consecutive numbers."""
         rows = max(site.shape[0] for sites in stage.sites.values() for site in sites)
         columns = stage.num_inputs
-        each = 4 * (14 * rows * columns + 4 * columns**2)
+        each = solver_bytes(rows, columns)
         quantum = max(SOLVE_BYTES.get(self.runner.device.type, SOLVE_BYTES["cpu"]) // each, 1)
         quantum = min(quantum, -(-len(stage.experts) // SHARES))
         units: dict[int, list[int]] = {}
@@ -224,6 +224,11 @@ def _shared(program: Program, sites: list[Site], W: Tensor) -> Tensor | None:
     found = [largest_under_one_scale(program, site, every) for site in sites]
     own = W.abs().amax((-2, -1), keepdim=True)
     return torch.stack([one if most is None else most for one, most in zip(own, found, strict=True)])
+
+
+def solver_bytes(rows: int, columns: int) -> int:
+    """What the solver takes for one matrix [rows, columns] at most, its moments left out."""
+    return 4 * (14 * rows * columns + 4 * columns**2)
 
 
 def take_codes(codes: Mapping[str, QuantizedTensor], weights: Values, sites: list[Site]) -> None:

@@ -2,7 +2,7 @@
 
 All of it follows from shapes. A stage holds what the process holds already, and beside that
 
-    matrices   some copies of the largest matrix
+    matrices   some copies of the largest matrix that it works on
     forward    a block's weights and, on the way, what its linears read and write for one batch
     backward   the same, with what autograd keeps, a gradient for each of it, and errors of one matrix
     trials     forward, with a changed stream for each trial
@@ -15,8 +15,11 @@ What waits between two blocks is in memory where it is a small part of the room,
 from dataclasses import dataclass, field
 
 from aqtx.blockwise.block_scores import RESIDENT_SHARE
+from aqtx.blockwise.gptq_block import solver_bytes
 from aqtx.blockwise.work_size import activation_bytes, block_bytes, parameter_bytes, stream_bytes, tokens_at_once
 from aqtx.machine.memory import resident_bytes, room_for_work
+from aqtx.planning.options import divide
+from aqtx.planning.settings import Settings
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 from aqtx.registry import Pass, Walks
@@ -25,7 +28,6 @@ from aqtx.sensitivity.text_gradients import BACKWARD_SHARE, TOKENS_PER_BATCH
 
 FORWARD_COPIES = 1.2  # of what linears read and write: norms, products, copies in another order
 BACKWARD_COPIES = 6.0  # what autograd keeps of a batch, the gradients, the rows laid aside
-MATRIX_COPIES = 8  # float32 copies of one matrix while it is measured or rounded
 KERNELS = 300_000_000  # libraries, once they compute: compiled kernels that oneDNN keeps, the tokenizer's library
 EVALUATED_TOKENS = 200_000  # where a recipe does not say how many
 
@@ -47,7 +49,6 @@ class Sizes:
     program: Program
     held: int
     room: int
-    matrix: int = field(init=False)  # float32 bytes of the largest matrix, worked on
     block: int = field(init=False)  # a block's weights while they are loaded
     model: int = field(init=False)  # all weights
 
@@ -56,7 +57,6 @@ class Sizes:
         program, specs = self.program, self.program.weights.specs
         self.blocks = split_blocks(program.graph, specs)
         largest = max((spec.numel * spec.dtype.itemsize for spec in specs.values()), default=0)
-        self.matrix = 4 * MATRIX_COPIES * max((site.numel for site in program.sites()), default=0)
         self.block = largest + max(block_bytes(program, block) for block in self.blocks)
         self.model = parameter_bytes(program, specs)
         self.tokens = tokens_at_once(program, self.blocks)
@@ -118,17 +118,28 @@ def pass_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
     walks, count = step.walks()
     sequences = min(count or recipe.calibration.num_sequences, recipe.calibration.num_sequences)
     tokens = sequences * recipe.calibration.sequence_length
+    matrix = _matrix_bytes(sizes.program, step, recipe)
     if walks == "matrices":
-        return sizes.need(step.name, sizes.matrix, streams="one matrix at a time")
+        return sizes.need(step.name, matrix, streams="one matrix at a time")
     if walks == "resident":
         return sizes.need(step.name, sizes.model + sizes.batch(sizes.tokens, FORWARD_COPIES))
     rows = min(sizes.tokens, TOKENS_PER_BATCH, tokens)
     batch, kept, share = _walk(sizes, walks, tokens, rows)
     memory, disk = sizes.waiting(kept, share)
-    peak = sizes.block + batch + memory + sizes.matrix
+    peak = sizes.block + batch + memory + matrix
     if walks == "rounding":
         peak, disk = peak + _moments(sizes, peak), disk + sizes.model // 2
     return sizes.need(step.name, peak, disk, "one block at a time")
+
+
+def _matrix_bytes(program: Program, step: Pass, recipe: Recipe) -> int:
+    """What a pass takes at most for one matrix: of those that are planned, once there is a plan, else of its own."""
+    plans = [other for other in recipe.passes[: recipe.passes.index(step) + 1] if isinstance(other, Settings)]
+    sites = divide(program, plans[-1], measured=False).planned if plans else step.find(program)
+    shapes = {site.shape for site in sites or program.sites()}
+    if step.walks()[0] == "rounding":
+        return max((solver_bytes(*shape) for shape in shapes), default=0)
+    return max((4 * step.matrix_copies * rows * columns for rows, columns in shapes), default=0)
 
 
 def _walk(sizes: Sizes, walks: Walks, tokens: int, rows: int) -> tuple[int, int, int]:
