@@ -30,13 +30,19 @@ from tests.tiny import OLMOE, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, NEW = [11, 22, 33], 8
-MIXED = {"*.mlp.experts.[01].*": "mxfp4", "*.mlp.experts.2.*": "int4_asym", "*_proj": "int8", "lm_head": "int4"}
+MIXED = {
+    "*.self_attn.*": "int8",
+    "lm_head": "int4",
+    "*.mlp.experts.[01].*": "mxfp4",
+    "*.mlp.experts.2.*": "int4_asym",
+    "*.1.mlp.experts.0.*": "int3",
+}
 needs_kernel = pytest.mark.skipif(not kernel.available(), reason="experts need the compiled kernel")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Experts in three formats and one in bf16, linears in two."""
+    """Experts in two formats and one in bf16, in the second layer in one more; linears in two."""
     folder = tmp_path_factory.mktemp("package")
     return quantized(write_checkpoint(folder / "weights"), folder / "quantized", MIXED)
 

@@ -56,6 +56,10 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
         buckets = [_stack([experts[index] for index in members]) for members in groups.values()]
         return cls(buckets, tuple(slots), dtype)
 
+    def __dir__(self) -> list[str]:
+        """With buckets that this stack lacks and another may have: torch.export asks one stack for the names of all."""
+        return [*super().__dir__(), *(f"bucket{index}" for index in range(len(self.slots)))]
+
     @property
     def buckets(self) -> list[Any]:
         """The stacked buckets."""
