@@ -17,7 +17,7 @@ from aqtx.program.program import Program
 from aqtx.program.site import Site
 
 Item = TypeVar("Item")
-Walks = Literal["matrices", "forward", "backward", "trials", "rounding", "resident"]
+Walks = Literal["matrices", "forward", "backward", "trials", "rounding", "training"]
 Stage = Literal["annotate", "plan", "rotate", "round", "emit", "train", "other"]
 _CPU = torch.device("cpu")
 
@@ -154,7 +154,10 @@ class Pass:
     matrix_copies: ClassVar[int] = 8  # float32 copies of one matrix that it may hold at a time, as measured
 
     def walks(self) -> tuple[Walks, int | None]:
-        """How the pass goes through the model, which decides its memory; and of how many sequences, None for all."""
+        """How the pass goes through the model, which decides its memory; and of how many sequences, None for all.
+
+        Of training they are those of one step.
+        """
         return "matrices", None
 
     def validate(self) -> list[str]:

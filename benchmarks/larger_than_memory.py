@@ -4,12 +4,14 @@
     python benchmarks/larger_than_memory.py make four-layers /data/olmoe-4    # 3.7 GB, the first four layers of it
     python benchmarks/larger_than_memory.py make small /data/small-random     # 0.85 GB
     python benchmarks/larger_than_memory.py run /data/small-random /data/out 1500MB
+    python benchmarks/larger_than_memory.py run /data/small-random /data/out 1500MB router_only evaluate=null
     python benchmarks/larger_than_memory.py fisher /data/small-random 8
 
 `make` writes random weights, one tensor per expert and projection, bf16: in the shapes of OLMoE-1B-7B (64 experts, 16
 layers), or 4 layers of 32 experts of 1024 x 1024. Text is read with the shipped model's tokenizer. `run` applies the
-quickstart under a limit, with evaluation on 20,000 tokens, and samples the memory of the process that no file backs
-(RssAnon + RssShmem of /proc/self/status); mapped weights are not counted: the kernel drops them whenever it likes.
+quickstart or another recipe, with overrides, under a limit (`none`: what is free), with evaluation on 20,000 tokens,
+and samples the memory of the process that no file backs (RssAnon + RssShmem of /proc/self/status); mapped weights are
+not counted: the kernel drops them whenever it likes.
 `fisher` holds the CPU seconds of Fisher information, on so many sequences, against a plain forward and backward pass
 of the same text with the whole model in memory.
 """
@@ -19,7 +21,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from aqtx.models import build, load_config
 from aqtx.program.names import NamesTable
 from aqtx.runs.memory_needs import Need
 from aqtx.runs.recipe import load_recipe
+from aqtx.runs.yaml_text import parse_overrides
 
 LARGE = Path(__file__).parent / "configs" / "OLMoE-1B-7B" / "config.json"
 SMALL = {"hidden_size": 1024, "intermediate_size": 1024, "num_experts": 32, "num_experts_per_tok": 8}
@@ -80,12 +83,13 @@ class PeakDisk(PeakMemory):
         return int(found.stdout.split()[0]) if found.stdout else 0
 
 
-def run(source: Path, output: Path, limit: str) -> None:
-    """Apply the quickstart and tell size, time and memory."""
+def run(source: Path, output: Path, limit: str, name: str = "quickstart", changes: Sequence[str] = ()) -> None:
+    """Apply a recipe and tell size, time and memory."""
     from aqtx.runs.apply import apply_recipe
 
-    overrides = {"model.source": str(source), "output": str(output), "max_memory": limit, "report": False}
-    recipe = load_recipe("quickstart", overrides | {"evaluate.max_tokens": 20_000})
+    overrides: dict[str, Any] = {"model.source": str(source), "output": str(output), "report": False}
+    overrides |= {"max_memory": None if limit == "none" else limit, "evaluate.max_tokens": 20_000}
+    recipe = load_recipe(name, overrides | parse_overrides(changes))
     estimated: list[Need] = []
     started = time.perf_counter()
     with PeakMemory() as peak, PeakDisk(output.parent) as disk:
@@ -94,7 +98,7 @@ def run(source: Path, output: Path, limit: str) -> None:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"source {size / 1e9:.2f} GB, written {written / 1e9:.2f} GB")
     print(f"{report['average_bits']:.4f} bits a planned weight")
-    stages = {f"evaluate {moment}": told for moment, told in report["evaluations"].items()}
+    stages: dict[str, Any] = {f"evaluate {moment}": told for moment, told in report["evaluations"].items()}
     stages |= {row["name"]: row for row in report["passes"]}
     for need in estimated:
         told = stages[need.stage]
@@ -105,7 +109,7 @@ def run(source: Path, output: Path, limit: str) -> None:
         f"{time.perf_counter() - started:.0f} s in all; RssAnon + RssShmem at most {peak.num_bytes / 1e9:.2f} GB, "
         f"estimated {largest / 1e9:.2f} GB; disk below the output at most {disk.num_bytes / 1e9:.2f} GB"
     )
-    if peak.num_bytes > bytes_of(limit):
+    if limit != "none" and peak.num_bytes > bytes_of(limit):
         raise SystemExit(f"more than the {limit} allowed")
 
 
@@ -145,7 +149,7 @@ def main() -> None:
     if arguments.command == "make":
         make(words[0], Path(words[1]))
     elif arguments.command == "run":
-        run(Path(words[0]), Path(words[1]), words[2] if len(words) > 2 else "4GB")
+        run(Path(words[0]), Path(words[1]), *(words[2:4] or ["4GB"]), changes=words[4:])
     else:
         fisher(Path(words[0]), int(words[1]))
 

@@ -1,5 +1,6 @@
 """`distill`: train what was unfrozen so that the quantized model predicts what the unquantized one does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ from aqtx.errors import InputError
 from aqtx.finetune.frozen import Frozen
 from aqtx.finetune.loop import Schedule, Trained, Trainer
 from aqtx.finetune.losses import LossWeights
-from aqtx.finetune.measure import measure_routing
-from aqtx.finetune.routed import Routed, experts_per_token, routed, router_sites
+from aqtx.finetune.measure import measure_routing, routing_of
+from aqtx.finetune.routed import Outputs, Scores, experts_per_token, router_sites
+from aqtx.finetune.student import MASTER_COPIES, student_of
+from aqtx.finetune.targets import Targets, targets_of
 from aqtx.numerics.intervals import bootstrap_ratio
 from aqtx.program.program import Program
 from aqtx.program.site import Site
@@ -42,7 +45,8 @@ class Distill(Pass):
         validation_fraction: share of the sequences that is held out: half chooses the step, half tells what it gained.
         checks: times that the held-out sequences are looked at on the way.
         patience: checks without a better loss after which training stops.
-        compile: `auto` compiles for 100,000 tokens of training and more, where it pays for itself.
+        compile: `auto` compiles for 100,000 tokens of training and more, where it pays for itself. A model larger than
+            memory is never compiled.
     """
 
     stage = "train"
@@ -84,22 +88,25 @@ class Distill(Pass):
         return [site for site in program.sites() if site.weight in program.trainable]
 
     def walks(self) -> tuple[Walks, int | None]:
-        """The whole model, with gradients of what trains."""
-        return "resident", None
+        """Backward through the quantized model, and once forward through the original."""
+        return "training", self.batch_size
 
     def apply(self, program: Program, sites: list[Site], context: Context) -> Changes:
         """Train, keep the best step, and prove that nothing else changed."""
-        names = self.names(program, sites)
-        training, choosing, measuring = self._split(context.calibration().to(context.device))
+        names, ids = self.names(program, sites), context.calibration().to(context.device)
+        training, choosing, measuring = self._split(len(ids))
         frozen = Frozen.of(program, except_for=names)
-        student, teacher = routed(program, rounded=True), routed(program, rounded=False)
         start = {name: program.weights.precise(name).to(context.device) for name in names}
-        trainer = Trainer(student, teacher if self._loss.needs_teacher else None, self._loss, self._schedule())
-        trainer.rates = self.rates(start)
-        with torch.enable_grad():
-            found = trainer.train(start, training, choosing, seed=context.seed, progress=context.progress)
-        kept = {name: value.to(program.weights.specs[name].dtype).cpu() for name, value in found.weights.items()}
-        details = self._details(program, (student, teacher), measuring, kept, context.seed)
+        with targets_of(program, ids, context) as targets:
+            masters = (MASTER_COPIES - 1) * sum(value.nbytes for value in start.values())
+            student = student_of(program, (self.batch_size, ids.shape[1]), context.room() - masters)
+            asked = targets if self._loss.needs_teacher else None
+            trainer = Trainer(student, asked, ids, self._loss, self._schedule())
+            trainer.rates = self.rates(start)
+            with torch.enable_grad():
+                found = trainer.train(start, training, choosing, seed=context.seed, progress=context.progress)
+            kept = {name: value.to(program.weights.specs[name].dtype).cpu() for name, value in found.weights.items()}
+            details = self._details(program, (student, targets), (ids, measuring), kept, context.seed)
         for name in names if found.best_step else []:
             program.weights.put(name, kept[name])
         frozen.check(program)
@@ -117,34 +124,47 @@ class Distill(Pass):
         """Of each tensor the factor of the learning rate."""
         return {name: max(float(value.square().mean().sqrt()), 1e-2) for name, value in start.items()}
 
+    def compiles(self, num_tokens: int) -> bool:
+        """Whether a model that fits is compiled for so many tokens of calibration text."""
+        return self._schedule().compiles(round(self.epochs * (1 - self.validation_fraction) * num_tokens))
+
     def _schedule(self) -> Schedule:
         names = Schedule.__dataclass_fields__
         return Schedule(**{name: getattr(self, name) for name in names})
 
-    def _split(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, count: int) -> tuple[range, range, range]:
         """Sequences to train on, to choose the step by, and to measure on: what is measured has chosen nothing.
 
         The last ones are held out, as they come from other passages than those before them.
         """
-        num_held = round(self.validation_fraction * len(ids))
-        if not 2 <= num_held < len(ids):
+        num_held = round(self.validation_fraction * count)
+        if not 2 <= num_held < count:
             raise InputError(
-                f"{len(ids)} calibration sequences cannot be split for validation_fraction {self.validation_fraction}: "
+                f"{count} calibration sequences cannot be split for validation_fraction {self.validation_fraction}: "
                 "one is needed to train on, one to choose the step by and one to measure on"
             )
-        training, held = ids[:-num_held], ids[-num_held:]
-        return training, held[: -(num_held // 2)], held[-(num_held // 2) :]
+        trained, chosen = count - num_held, count - num_held // 2
+        return range(trained), range(trained, chosen), range(chosen, count)
 
     def _details(
-        self, program: Program, models: tuple[Routed, Routed], ids: Tensor, kept: dict[str, Tensor], seed: int
+        self,
+        program: Program,
+        models: tuple[Scores, Targets],
+        text: tuple[Tensor, range],
+        kept: dict[str, Tensor],
+        seed: int,
     ) -> dict[str, Any]:
         """What the report says: losses, divergences and routing on held-out text, before and after."""
-        (student, teacher), routers = models, router_sites(program)
-        num_chosen = experts_per_token(program, routers) if routers else 0
+        (student, targets), routers, (ids, places) = models, router_sites(program), text
+        num_chosen, held = experts_per_token(program, routers) if routers else 0, ids[places.start : places.stop]
+
+        def expected(of_held: Sequence[int]) -> Outputs:
+            return targets([places[place] for place in of_held])
+
         on_device = {name: value.to(ids.device) for name, value in kept.items()}
-        reference = measure_routing(teacher, ids, num_chosen)
+        reference = routing_of(expected, held, num_routers=len(routers), num_chosen=num_chosen)
         before, after = (
-            measure_routing(student, ids, num_chosen, trained, teacher=teacher) for trained in (None, on_device)
+            measure_routing(student, held, num_chosen, trained, expected=expected) for trained in (None, on_device)
         )
         shifts = zip(before.shift_from(reference), after.shift_from(reference), strict=True)
         loads = zip(before.loads(), after.loads(), strict=True)

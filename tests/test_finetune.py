@@ -12,7 +12,7 @@ from aqtx.finetune import losses
 from aqtx.finetune.frozen import Frozen
 from aqtx.finetune.loop import COMPILE_PAYS_AFTER, Trainer, _batches, _warmup_then_cosine
 from aqtx.finetune.measure import measure_routing
-from aqtx.finetune.routed import experts_per_token, routed, router_sites
+from aqtx.finetune.routed import Routed, experts_per_token, routed, router_sites
 from aqtx.formats import quantize
 from aqtx.passes.finetune_router import FinetuneRouter
 from aqtx.passes.unfreeze_router import UnfreezeRouter
@@ -104,8 +104,9 @@ def test_the_report_tells_shift_and_loads_of_each_layer(trained):
 
 def test_what_is_measured_chose_nothing(model, ids, trained):
     """The reported losses are plain losses on sequences that neither training nor the choice of the step has seen."""
-    training, choosing, measuring = FinetuneRouter(**QUICK)._split(ids)
-    assert torch.equal(torch.cat([training, choosing, measuring]), ids) and min(len(choosing), len(measuring)) >= 4
+    training, choosing, places = FinetuneRouter(**QUICK)._split(len(ids))
+    measuring = ids[places.start : places.stop]
+    assert [*training, *choosing, *places] == list(range(len(ids))) and min(len(choosing), len(places)) >= 4
     program, changes = trained
     told = changes.details["held_out_loss"]
     assert told["num_sequences"] == len(measuring)
@@ -217,6 +218,6 @@ def test_tokens_decide_whether_training_is_compiled(share: float, monkeypatch: p
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
     schedule = FinetuneRouter()._schedule()
-    trainer = Trainer(None, None, None, schedule)  # type: ignore[arg-type]  (nothing of them is asked)
+    trainer = Trainer(Routed(None, None, None), None, None, None, schedule)  # type: ignore[arg-type]
     trainer._maybe_compile(int(share * COMPILE_PAYS_AFTER))
     assert trainer.compiled is bool(compiled) is (share == 1.0)

@@ -10,7 +10,7 @@ import pytest
 from aqtx import cli
 from aqtx.errors import InputError
 from aqtx.machine.memory import bytes_of, resident_bytes
-from aqtx.runs.memory_needs import needs
+from aqtx.runs.memory_needs import Sizes, needs, pass_need
 from aqtx.runs.opening import program_of
 from aqtx.runs.recipe import load_recipe
 from tests.tiny import OLMOE
@@ -44,6 +44,20 @@ def test_check_prints_what_each_stage_takes(capsys: pytest.CaptureFixture[str]) 
     stages = ["evaluate before", "annotate_alpha", "assign_plan", "gptq", "emit", "evaluate after"]
     assert [row for row in rows if row in stages] == stages
     assert "one block at a time" in told
+
+
+def test_training_streams_where_the_model_does_not_fit(tmp_path: Path) -> None:
+    """Four layers in the shapes of OLMoE-1B-7B, 3.8 GB, by their config alone."""
+    published = Path(__file__).parents[1] / "benchmarks" / "configs" / "OLMoE-1B-7B" / "config.json"
+    config = json.loads(published.read_text()) | {"num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = load_recipe("router_only", {"model.source": str(tmp_path)})
+    program, step = program_of(recipe, config_only=True), recipe.passes[3]
+    whole, blocks, kept = (pass_need(Sizes(program, 0, room), step, recipe) for room in (20 << 30, 3 << 30, 1 << 30))
+    assert (whole.streams, blocks.streams, kept.streams) == ("no", *["one block at a time"] * 2)
+    assert whole.peak > 3_700_000_000 and blocks.peak < 3 << 30
+    assert (whole.disk, blocks.disk) == (0, 0)
+    assert kept.disk == 128 * 256 * 2 * (2048 + 4 * 64)  # what flows into the head, and router logits
 
 
 @pytest.mark.parametrize("command", ["check", "apply"])

@@ -32,8 +32,13 @@ class Frozen:
 
 
 def _digests(program: Program, excepted: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Of one matrix at a time; experts of a stack each have their own."""
+    sites = program.sites_by_weight()
     for name in program.weights.names():
-        if name not in excepted:
+        stacked = [site for site in sites.get(name, []) if site.expert is not None]
+        for site in stacked if name not in excepted else []:
+            yield site.name, _digest(program.weights.matrix(name, site.expert))
+        if name not in excepted and not stacked:
             yield name, _digest(program.weights.get(name))
     for site in program.sites():
         if site.name in program.codes:
@@ -43,4 +48,4 @@ def _digests(program: Program, excepted: frozenset[str]) -> Iterator[tuple[str, 
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()

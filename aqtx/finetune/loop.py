@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from aqtx.finetune.losses import LossWeights
-from aqtx.finetune.routed import Routed
+from aqtx.finetune.routed import Outputs, Routed, Scores
 from aqtx.numerics.intervals import clearly_less
 
+Expected = Callable[[Sequence[int]], Outputs]
 COMPILE_PAYS_AFTER = 100_000  # tokens of training; a count and no clock, so that reruns give the same bytes
 
 
@@ -30,6 +31,10 @@ class Schedule:
     patience: int  # checks without improvement before it stops
     compile: str  # "auto", "on", "off"
 
+    def compiles(self, num_tokens: int) -> bool:
+        """Whether a model in memory is compiled for so many tokens of training."""
+        return self.compile == "on" or (self.compile == "auto" and num_tokens >= COMPILE_PAYS_AFTER)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -44,44 +49,64 @@ class Trained:
 
 
 class Trainer:
-    """One run over given sequences."""
+    """One run over sequences ids [n, S], which are told by their places among them.
 
-    def __init__(self, student: Routed, teacher: Routed | None, loss: LossWeights, schedule: Schedule) -> None:
-        self.student, self.teacher, self.loss, self.schedule = student, teacher, loss, schedule
+    Args:
+        student: trains.
+        targets: outputs of the teacher by places; None where no loss asks for them.
+        ids: all sequences.
+        loss: what is minimised.
+        schedule: how long and how fast.
+    """
+
+    def __init__(
+        self, student: Scores, targets: Expected | None, ids: Tensor, loss: LossWeights, schedule: Schedule
+    ) -> None:
+        self.student, self.targets, self.ids = student, targets, ids
+        self.loss, self.schedule = loss, schedule
         self.rates: Mapping[str, float] = {}  # factors of the learning rate by weight name, 1 where there is none
-        self.compiled = False
-        self._objective: Callable[[dict[str, Tensor], Tensor], Tensor] = self._eager
+        self._whole: Callable[[dict[str, Tensor], Tensor, Outputs | None], Tensor] | None = None
 
-    def objective(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-        """The loss of each sequence, [B]."""
-        return self._objective(weights, ids)
+    @property
+    def compiled(self) -> bool:
+        """Whether model and loss are one compiled function."""
+        return self._whole is not None
 
-    def _eager(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            expected = self.teacher(ids) if self.teacher is not None else None
-        return self.loss(self.student(ids, weights), expected, ids)
+    def objective(self, weights: dict[str, Tensor], places: Sequence[int]) -> Tensor:
+        """The loss of each of these sequences, [B]."""
+        ids = self.ids[list(places)]
+        if self._whole is not None:
+            return self._whole(weights, ids, self._expected(places))
+        return self.student.scored(
+            ids, weights, lambda outputs, part: self.loss(outputs, self._expected(places[part]), ids[part])
+        )
+
+    def _expected(self, places: Sequence[int]) -> Outputs | None:
+        return None if self.targets is None else self.targets(places)
 
     @torch.no_grad()
-    def held_out(self, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    def held_out(self, weights: dict[str, Tensor], places: Sequence[int]) -> Tensor:
         """The objective of each sequence."""
-        return torch.cat([self.objective(weights, batch) for batch in ids.split(self.schedule.batch_size)])
+        size = self.student.together(self.ids.shape[1], self.schedule.batch_size)
+        batches = [places[start : start + size] for start in range(0, len(places), size)]
+        return torch.cat([self.objective(weights, batch) for batch in batches])
 
     def train(
         self,
         start: dict[str, Tensor],
-        training: Tensor,
-        validation: Tensor,
+        training: Sequence[int],
+        validation: Sequence[int],
         *,
         seed: int,
         progress: Callable[..., Iterable[int]],
     ) -> Trained:
-        """Train from `start` (float32, by weight name) on sequences [n, S].
+        """Train from `start` (float32, by weight name) on some sequences.
 
         The best step is kept if it is better than step 0 beyond twice the standard error, else step 0.
         """
         weights = {name: value.clone().requires_grad_() for name, value in start.items()}
         batches = list(_batches(len(training), self.schedule, seed))
-        self._maybe_compile(sum(map(len, batches)) * training.shape[1])
+        self._maybe_compile(sum(map(len, batches)) * self.ids.shape[1])
         rate = self.schedule.learning_rate
         groups = [{"params": [value], "lr": rate * self.rates.get(name, 1.0)} for name, value in weights.items()]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.schedule.weight_decay)
@@ -92,7 +117,8 @@ class Trainer:
         curve: list[dict[str, Any]] = [{"step": 0, "training": None, "validation": best.mean}]
         losses: list[float] = []
         for step in progress(range(1, len(batches) + 1), description="training"):
-            losses.append(self._step(weights, training[batches[step - 1]], optimizer))
+            places = [training[index] for index in batches[step - 1].tolist()]
+            losses.append(self._step(weights, places, optimizer))
             shape.step()
             if step % every == 0 or step == len(batches):
                 found = self.held_out(weights, validation)
@@ -105,17 +131,22 @@ class Trainer:
         early = int(curve[-1]["step"]) < len(batches)
         return Trained(kept.weights, curve, kept.step, int(curve[-1]["step"]), early, self.compiled)
 
-    def _step(self, weights: dict[str, Tensor], ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    def _step(self, weights: dict[str, Tensor], places: Sequence[int], optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = self.objective(weights, ids).mean()
+        loss = self.objective(weights, places).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), self.schedule.clip_norm)
         optimizer.step()
         return float(loss.detach())
 
     def _maybe_compile(self, num_tokens: int) -> None:
-        if self.schedule.compile == "on" or (self.schedule.compile == "auto" and num_tokens >= COMPILE_PAYS_AFTER):
-            self._objective, self.compiled = torch.compile(self._eager, dynamic=False), True
+        student = self.student
+        if self.schedule.compiles(num_tokens) and isinstance(
+            student, Routed
+        ):  # blocks that are loaded in turn are no one function
+            self._whole = torch.compile(
+                lambda weights, ids, expected: self.loss(student(ids, weights), expected, ids), dynamic=False
+            )
 
 
 class _Best:

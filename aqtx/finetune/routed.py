@@ -6,45 +6,105 @@ a float32 master that is rounded to its parameter's dtype on every call, so what
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
 from aqtx.errors import InputError
+from aqtx.finetune.pieces import Piece, Weights, computed, load, piece_of
+from aqtx.program.blocks import whole
 from aqtx.program.inserted_ops import ACTIVATION_OPS
-from aqtx.program.program import Program, bind
+from aqtx.program.program import Program
 from aqtx.program.site import GROUPED_LINEAR, Site, weight_node
+
+Outputs = tuple[Tensor, tuple[Tensor, ...]]  # logits [B, S, V], router logits [B * S, E] per layer
+Head = Callable[[Outputs, slice], Tensor]  # outputs of some of the sequences, and which -> values of each, [b, ...]
+
+
+class Scores(Protocol):
+    """A trainable model; `routers` are the weights' names of its routers, in graph order."""
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """One name for each router logits that the outputs hold."""
+
+    def scored(self, ids: Tensor, trained: Weights, head: Head) -> Tensor:
+        """What `head` makes of the outputs for ids [B, S], all its parts in order; `trained` replaces weights."""
+
+    def together(self, length: int, batch_size: int) -> int:
+        """How many sequences of so many tokens to give at once where no gradient is wanted."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where a graph begins and ends: its ids, its logits and its router logits by weight name."""
+
+    ids: fx.Node
+    logits: fx.Node
+    routers: dict[str, fx.Node]
+
+    def outputs(self, values: Mapping[fx.Node, Tensor]) -> Outputs:
+        """Logits and router logits among values of nodes."""
+        return values[self.logits], tuple(values[node].flatten(0, -2) for node in self.routers.values())
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A bound graph that also returns router logits, with the weights' names of those routers in its order."""
+    """A model in memory, as one piece."""
 
-    module: fx.GraphModule
-    routers: tuple[str, ...]  # weight names of the routers, in graph order
+    program: Program
+    piece: Piece
+    ends: Ends
 
-    def __call__(self, ids: Tensor, trained: Mapping[str, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """The weights' names of its routers, in graph order."""
+        return tuple(self.ends.routers)
+
+    def __call__(self, ids: Tensor, trained: Weights | None = None) -> Outputs:
         """ids [B, S] -> logits [B, S, V] and per router logits [B * S, E]; `trained` replaces weights by name."""
-        values = {name: value.to(self.module.get_parameter(name).dtype) for name, value in (trained or {}).items()}
-        logits, *routed = torch.func.functional_call(self.module, values, (ids,))
+        found = self.piece.run(computed(self.program, trained or {}), ids)
+        places = [self.piece.outputs.index(node) for node in (self.ends.logits, *self.ends.routers.values())]
+        logits, *routed = (found[place] for place in places)
         return logits, tuple(router.flatten(0, -2) for router in routed)
+
+    def scored(self, ids: Tensor, trained: Weights, head: Head) -> Tensor:
+        """All sequences are one part."""
+        return head(self(ids, trained), slice(0, len(ids)))
+
+    def together(self, length: int, batch_size: int) -> int:
+        """As many as in training."""
+        return batch_size
 
 
 def routed(program: Program, *, rounded: bool) -> Routed:
-    """The student of a program, or with `rounded` False its teacher."""
-    view = program if rounded else program.without_codes()
-    source = program.entries["score"]
-    names = [node.target for node in source.graph.nodes if node.op == "get_attr"]
-    values = view.parameters(name for name in names if name in view.weights.specs)
-    buffers = {name: view.buffers[name] for name in names if name in view.buffers}
-    module = bind(source, values, buffers, program.device)
-    if not rounded:
-        _drop_activation_quantization(module.graph)
-    routers = _return_router_logits(module, router_sites(program))
-    module.recompile()
-    return Routed(module, routers)
+    """The student of a program, or with `rounded` False its teacher, with all weights in memory."""
+    view, graph = side(program, rounded=rounded)
+    ends, block = ends_of(program, graph), whole(graph)
+    held = load(view, dict.fromkeys(str(node.target) for node in block.parameters))
+    return Routed(view, piece_of(block, view, ends.routers.values(), held), ends)
+
+
+def side(program: Program, *, rounded: bool) -> tuple[Program, fx.Graph]:
+    """The program and graph of the student, or of the teacher: before rounding, activations not quantized."""
+    if rounded:
+        return program, program.graph
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    _drop_activation_quantization(graph)
+    return program.without_codes(), graph
+
+
+def ends_of(program: Program, graph: fx.Graph) -> Ends:
+    """The ends of a graph of the program."""
+    wanted = {site.weight for site in router_sites(program)}
+    by_weight = {str(weight.target): node for node in graph.nodes if (weight := weight_node(node)) is not None}
+    [ids] = [node for node in graph.nodes if node.op == "placeholder"]
+    [logits] = graph.output_node().all_input_nodes
+    return Ends(ids, logits, {name: node for name, node in by_weight.items() if name in wanted})
 
 
 def router_sites(program: Program) -> list[Site]:
@@ -77,20 +137,6 @@ def _top_k_behind(router: fx.Node) -> int | None:
                 seen.add(user)
                 queue.append(user)
     return last
-
-
-def _return_router_logits(module: fx.GraphModule, sites: list[Site]) -> tuple[str, ...]:
-    wanted = {site.weight for site in sites}
-    [output] = [node for node in module.graph.nodes if node.op == "output"]
-    found = {}
-    for node in module.graph.nodes:
-        weight = weight_node(node)
-        if weight is not None and weight.target in wanted:
-            found[str(weight.target)] = node
-    [logits] = output.all_input_nodes
-    output.args = ((logits, *found.values()),)
-    module.graph._codegen = fx.graph.CodeGen()  # a plain tuple out, ids in
-    return tuple(found)
 
 
 def _drop_activation_quantization(graph: fx.Graph) -> None:

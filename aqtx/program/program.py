@@ -122,7 +122,8 @@ class Program:
         source = self.entry(entry)
         names = [node.target for node in source.graph.nodes if node.op == "get_attr"]
         values = self.parameters(name for name in names if name in self.weights.specs)
-        return bind(source, values, {name: self.buffers[name] for name in names if name in self.buffers}, self.device)
+        buffers = {name: self.buffers[name] for name in names if name in self.buffers}
+        return bind(source.graph, values, buffers, self.device)
 
     def scorer(self) -> Callable[[Tensor], Tensor]:
         """`module()` for token ids wherever they lie; logits are on the program's device."""
@@ -135,12 +136,12 @@ def taking_ids_to(device: torch.device, module: nn.Module) -> Callable[[Tensor],
 
 
 def bind(
-    source: fx.GraphModule, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], device: torch.device
+    source: fx.Graph, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], device: torch.device
 ) -> fx.GraphModule:
     """A copy of a graph over real tensors; device arguments of its nodes point to `device`."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(source.graph, {}))
-    graph._codegen = source.graph._codegen
+    graph.output(graph.graph_copy(source, {}))
+    graph._codegen = source._codegen
     root = nn.Module()
     for name, value in parameters.items():
         _assign(root, name, nn.Parameter(value.to(device), requires_grad=False))

@@ -7,7 +7,8 @@ All of it follows from shapes. A stage holds what the process holds already, and
     backward   the same, with what autograd keeps, a gradient for each of it, and errors of one matrix
     trials     forward, with a changed stream for each trial
     rounding   forward, with moments of as many experts as the limit has room for
-    resident   the whole model, and forward
+    training   the whole model with what all its blocks keep of a step, or backward one block at a time; either way what
+               trains in float32 with its gradient and moments, and what flows into the original's last block
 
 What waits between two blocks is in memory where it is a small part of the room, else on disk.
 """
@@ -17,7 +18,11 @@ from dataclasses import dataclass, field
 from aqtx.blockwise.block_scores import RESIDENT_SHARE
 from aqtx.blockwise.gptq_block import solver_bytes
 from aqtx.blockwise.work_size import activation_bytes, block_bytes, parameter_bytes, stream_bytes, tokens_at_once
+from aqtx.finetune.chain import WAITING
+from aqtx.finetune.student import MASTER_COPIES, logit_bytes, rows_of, training_bytes
+from aqtx.finetune.targets import SHARE, waiting_bytes
 from aqtx.machine.memory import resident_bytes, room_for_work
+from aqtx.passes.distill import Distill
 from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
 from aqtx.program.blocks import split_blocks
@@ -28,6 +33,8 @@ from aqtx.sensitivity.text_gradients import BACKWARD_SHARE, TOKENS_PER_BATCH
 
 FORWARD_COPIES = 1.2  # of what linears read and write: norms, products, copies in another order
 BACKWARD_COPIES = 6.0  # what autograd keeps of a batch, the gradients, the rows laid aside
+TRAINING_COPIES = 2.5  # the same without rows
+COMPILER = 400_000_000  # Inductor, what it imports and what it makes
 KERNELS = 300_000_000  # libraries, once they compute: compiled kernels that oneDNN keeps, the tokenizer's library
 EVALUATED_TOKENS = 200_000  # where a recipe does not say how many
 
@@ -121,8 +128,8 @@ def pass_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
     matrix = _matrix_bytes(sizes.program, step, recipe)
     if walks == "matrices":
         return sizes.need(step.name, matrix, streams="one matrix at a time")
-    if walks == "resident":
-        return sizes.need(step.name, sizes.model + sizes.batch(sizes.tokens, FORWARD_COPIES))
+    if walks == "training":
+        return _training_need(sizes, step, recipe)
     rows = min(sizes.tokens, TOKENS_PER_BATCH, tokens)
     batch, kept, share = _walk(sizes, walks, tokens, rows)
     memory, disk = sizes.waiting(kept, share)
@@ -140,6 +147,23 @@ def _matrix_bytes(program: Program, step: Pass, recipe: Recipe) -> int:
     if step.walks()[0] == "rounding":
         return max((solver_bytes(*shape) for shape in shapes), default=0)
     return max((4 * step.matrix_copies * rows * columns for rows, columns in shapes), default=0)
+
+
+def _training_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
+    """What trains is what the passes marked that this one requires."""
+    program, length, (_, count) = sizes.program, recipe.calibration.sequence_length, step.walks()
+    marked = [site for other in recipe.passes if other.name in step.requires for site in other.find(program)]
+    trained = 4 * MASTER_COPIES * sum(site.numel for site in marked)
+    batch = min(count or 1, recipe.calibration.num_sequences), length
+    memory, disk = sizes.waiting(waiting_bytes(program, recipe.calibration.num_tokens), SHARE)
+    whole = training_bytes(program, batch[0] * length)
+    if whole + trained <= sizes.room - memory:
+        compiler = COMPILER if isinstance(step, Distill) and step.compiles(recipe.calibration.num_tokens) else 0
+        return sizes.need(step.name, max(whole, sizes.block) + trained + memory + compiler, disk)
+    rows = rows_of(program, batch) * length
+    flowing = max(len(sizes.blocks) * stream_bytes(program, batch[0] * length), WAITING)
+    work = sizes.batch(rows, TRAINING_COPIES) + logit_bytes(program, rows) + flowing
+    return sizes.need(step.name, sizes.block + work + trained + memory, disk, "one block at a time")
 
 
 def _walk(sizes: Sizes, walks: Walks, tokens: int, rows: int) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Run passes in order: verify, time and report each one."""
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class Run:
         try:
             with PeakMemory() as peak:
                 changes = step.run(self.program, self.context)
+            if step.stage == "train":
+                gc.collect()  # graph modules hold each other, and the weights that they were bound to
             release_unused()  # the next pass counts on it
         except InputError as error:
             raise InputError(*(f"passes.{place}.{step.name}: {problem}" for problem in error.problems)) from error

@@ -28,7 +28,7 @@ class CalibrationSpec:
             for name, value in least.items()
             if getattr(self, name) < value
         ]
-        if not problems and self.num_sequences * self.sequence_length > MOST_TOKENS:
+        if not problems and self.num_tokens > MOST_TOKENS:
             problems.append(
                 f"{self.num_sequences} sequences of {self.sequence_length} tokens are more than {MOST_TOKENS:,} tokens"
             )
@@ -49,6 +49,11 @@ class CalibrationSpec:
     def weights(self) -> dict[str, float]:
         """Source -> what it weighs; one source weighs 1."""
         return {self.source: 1.0} if isinstance(self.source, str) else self.source
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences."""
+        return self.num_sequences * self.sequence_length
 
     def parts(self) -> dict[str, "CalibrationSpec"]:
         """Source -> what is asked of it alone: sequences in proportion to the weights, largest remainders first.
