@@ -31,6 +31,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cos and sin
+    mscale_all_dim: float = 0.0  # what DeepSeek's scale of scores is made of
 
     @staticmethod
     def kind_of(config: Mapping[str, Any]) -> str:
@@ -56,7 +57,13 @@ class Rope:
             beta_slow=float(rope.get("beta_slow") or 1.0),
             truncate=bool(rope.get("truncate", True)),
             attention_factor=_yarn_attention(rope) if cls.kind_of(config) == "yarn" else 1.0,
+            mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
         )
+
+    @property
+    def usual_attention(self) -> float:
+        """YaRN's scale on cos and sin where nothing else is said."""
+        return _yarn_term(self.factor)
 
     def frequencies(self, head_size: int) -> Tensor:
         """Radians per position [D / 2], float32 on the CPU."""
@@ -104,12 +111,14 @@ def _yarn_attention(rope: Mapping[str, Any]) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
 
-    def term(scale: float = 1.0) -> float:
-        return 0.1 * scale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-
+    factor = float(rope["factor"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return term(rope["mscale"]) / term(rope["mscale_all_dim"])
-    return term()
+        return _yarn_term(factor, rope["mscale"]) / _yarn_term(factor, rope["mscale_all_dim"])
+    return _yarn_term(factor)
+
+
+def _yarn_term(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 class Rotary(nn.Module):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from aqtx.formats import parse
+from aqtx.program.accounting import chosen_experts
 from aqtx.program.blocks import Block
 from aqtx.program.program import Program
 from aqtx.program.site import LINEAR, weight_node
@@ -39,16 +40,8 @@ def row_bytes(program: Program, node: fx.Node) -> int:
     if weight is None or str(weight.target) not in program.weights.specs:
         return 0
     shape = program.weights.specs[str(weight.target)].shape
-    share = 1 if node.target is LINEAR else experts_per_token(program)
+    share = 1 if node.target is LINEAR else (chosen_experts(program) or 1)
     return share * (shape[-1] + shape[-2]) * program.dtype.itemsize
-
-
-def experts_per_token(program: Program) -> int:
-    """How many rows a token has inside the experts; 1 where the config does not tell."""
-    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k"):
-        if isinstance(program.config.get(key), int):
-            return max(int(program.config[key]), 1)
-    return 1
 
 
 def activation_bytes(program: Program, blocks: Sequence[Block]) -> int:

@@ -29,7 +29,7 @@ def family_rows() -> list[list[str]]:
 
 def _exports(kind: str | None) -> list[str]:
     """The forms of export that hold a family; None stands for a traced one."""
-    from aqtx.checkpoint.exports.gguf_metadata import FAMILIES
+    from aqtx.checkpoint.exports.gguf_families import FAMILIES
     from aqtx.checkpoint.exports.table import TARGETS
     from aqtx.models.on_disk import ALWAYS_FUSED
 

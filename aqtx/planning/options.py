@@ -13,7 +13,7 @@ from aqtx.planning.method import Method
 from aqtx.planning.question import Options
 from aqtx.planning.settings import Settings
 from aqtx.planning.target import bits, forbidden, fused_by, half_kept, why_not
-from aqtx.program.accounting import kept_bytes
+from aqtx.program.accounting import chosen_experts, kept_bytes
 from aqtx.program.program import Program
 from aqtx.program.roles import select
 from aqtx.program.site import Site
@@ -21,7 +21,6 @@ from aqtx.registry import annotator
 from aqtx.sensitivity.selection import unique_sites
 
 DEGENERATE = "its alpha is degenerate"
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,12 @@ def build_options(program: Program, division: Division, settings: Settings) -> O
         weights = float((torch.tensor([site.numel for site in sites], dtype=torch.float64) * share).sum())
     groups = group_numbers([site.name for site in sites], settings.groups, fused_by(settings.target))
     problems = [
-        *forbidden(settings.target, formats, sites),
+        *forbidden(settings.target, formats, sites, program.config),
         *half_kept(settings.target, sites, list(unique_sites(program))),
     ]
     if problems:
         raise InputError(*problems)
-    allowed = _allowed(division, formats, settings)
+    allowed = _allowed(program, division, formats, settings)
     options = Options(sites, formats, settings.num_candidates, size, allowed, groups, counted, weights)
     _check_groups(options)
     return options
@@ -132,11 +131,10 @@ def _share(program: Program, site: Site, settings: Settings) -> float:
     """The share of the tokens that reach a site's expert, were the load even."""
     if settings.cost_model == "storage" or site.expert is None:
         return 1.0
-    total = next((program.config[key] for key in _EXPERT_COUNTS if key in program.config), site.slots)
-    return float(program.config.get("num_experts_per_tok", total)) / float(total)
+    return (chosen_experts(program) or site.slots) / site.slots
 
 
-def _allowed(division: Division, formats: list[Format], settings: Settings) -> Tensor:
+def _allowed(program: Program, division: Division, formats: list[Format], settings: Settings) -> Tensor:
     """Which formats each planned site may take: a pin leaves one, limits leave those between them."""
     widths = [fmt.element.bits for fmt in formats]
     index = {fmt.name: i for i, fmt in enumerate(formats)}
@@ -149,7 +147,7 @@ def _allowed(division: Division, formats: list[Format], settings: Settings) -> T
             continue
         least = settings.min_bits.get(chosen["min_bits"].get(name, ""), 0.0)
         most = settings.max_bits.get(chosen["max_bits"].get(name, ""), 16.0)
-        runs = [why_not(settings.target, fmt, site) is None for fmt in formats]
+        runs = [why_not(settings.target, fmt, site, program.config) is None for fmt in formats]
         rows.append(
             [i < settings.num_candidates and least <= widths[i] <= most and runs[i] for i in range(len(formats))]
         )

@@ -1,11 +1,12 @@
 """What the program that a plan is meant for allows: the rows of `checkpoint/exports`, as constraints of a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aqtx.checkpoint.exports.clients import CLIENTS
 from aqtx.checkpoint.exports.run import no_form
 from aqtx.checkpoint.exports.table import TARGETS
-from aqtx.checkpoint.exports.target import captured
+from aqtx.checkpoint.exports.target import Matrix, captured
 from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.program.site import Site
 
@@ -17,14 +18,14 @@ def fused_by(target: str) -> tuple[str, ...]:
     return () if target == FREE else CLIENTS[target].alike
 
 
-def why_not(target: str, fmt: Format, site: Site) -> str | None:
+def why_not(target: str, fmt: Format, site: Site, config: Mapping[str, Any]) -> str | None:
     """Why a site cannot be of a format at the target; "" where it has no form there; None where it can."""
     if target == FREE or not fmt.is_packed:
         return None
     client = CLIENTS[target]
     if TARGETS[client.target].form(fmt, site.shape[1]) is None:
         return ""
-    return client.refuses(fmt, site.name)
+    return client.refuses(fmt, Matrix(site.name, site.shape[1], config))
 
 
 def share_scales(target: str, sites: Sequence[Site]) -> None:
@@ -47,17 +48,17 @@ def bits(target: str, fmt: Format, site: Site) -> float:
     return own if counted is None else counted(fmt, site.shape[1]) or own
 
 
-def forbidden(target: str, formats: Sequence[Format], sites: Sequence[Site]) -> list[str]:
+def forbidden(target: str, formats: Sequence[Format], sites: Sequence[Site], config: Mapping[str, Any]) -> list[str]:
     """A sentence for each candidate that no site may take, with the nearest format that they may."""
     problems = []
     for fmt in formats:
-        reasons = [why_not(target, fmt, site) for site in sites]
+        reasons = [why_not(target, fmt, site, config) for site in sites]
         if not sites or None in reasons:
             continue
         first = sites[0]
 
         def runs(other: Format, first: Site = first) -> bool:
-            return why_not(target, other, first) is None
+            return why_not(target, other, first, config) is None
 
         names = [site.name for site in sites]
         problems.append(no_form(f"target {target}", fmt, names, first.shape[1], runs, reasons[0] or ""))

@@ -9,6 +9,7 @@ from aqtx.program.program import Program
 from aqtx.program.site import Site
 
 QUANTIZED, KEPT, REFUSED = "quantized", "kept", "refused"
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")  # as families spell it
 
 
 def stored_bytes(program: Program) -> int:
@@ -34,6 +35,12 @@ def original_bytes(program: Program) -> int:
     """Bytes of the model before any pass, in the dtype of its graphs; what its source holds more precisely, in that."""
     tied = program.weights.tied
     return sum(spec.numel * spec.on_disk.itemsize for name, spec in program.weights.specs.items() if name not in tied)
+
+
+def chosen_experts(program: Program) -> int | None:
+    """How many experts each token is given, None where the config does not tell."""
+    found = (program.config.get(key) for key in _CHOSEN)
+    return next((max(value, 1) for value in found if isinstance(value, int)), None)
 
 
 def kept_bytes(program: Program, planned: Iterable[Site]) -> int:

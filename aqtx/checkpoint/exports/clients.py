@@ -3,7 +3,14 @@
 Found by running them: vLLM 0.32 on a CPU, transformers 5.24 with compressed-tensors 0.20, llama.cpp of October 2026.
 """
 
-from aqtx.checkpoint.exports.target import Client
+import re
+
+from gguf import GGML_QUANT_SIZES
+
+from aqtx.checkpoint.exports.gguf_families import FAMILIES
+from aqtx.checkpoint.exports.gguf_rules import parts_of
+from aqtx.checkpoint.exports.gguf_types import kind_of
+from aqtx.checkpoint.exports.target import Client, Matrix
 from aqtx.formats.table import E8M0, NVFP4_SCALE, Format
 
 _QKV = r"(.*)\.[qkv]_proj$"
@@ -17,16 +24,16 @@ def _is_expert(site: str) -> bool:
     return ".experts." in site
 
 
-def _vllm(fmt: Format, site: str) -> str | None:
+def _vllm(fmt: Format, matrix: Matrix) -> str | None:
     if fmt.scale is E8M0 and fmt.element.bits == 6:
         return "vLLM runs no MXFP6"
     return None
 
 
-def _transformers(fmt: Format, site: str) -> str | None:
-    if fmt.scale is NVFP4_SCALE and _is_expert(site):
+def _transformers(fmt: Format, matrix: Matrix) -> str | None:
+    if fmt.scale is NVFP4_SCALE and _is_expert(matrix.site):
         return "transformers computes NVFP4 experts wrongly, without a word"
-    if fmt.scale is E8M0 and fmt.element.bits == 8 and _is_expert(site):
+    if fmt.scale is E8M0 and fmt.element.bits == 8 and _is_expert(matrix.site):
         return "transformers reads the scales of MXFP8 experts in a wrong shape"
     if fmt.asymmetric:
         return "transformers reads the zero points of asymmetric codes in a wrong shape"
@@ -39,9 +46,20 @@ def _transformers_inputs(site: str, activation: str) -> str | None:
     return None
 
 
-def _llama_cpp(fmt: Format, site: str) -> str | None:
-    if fmt.scale is NVFP4_SCALE and _is_expert(site):
+def _llama_cpp(fmt: Format, matrix: Matrix) -> str | None:
+    """What its code for the family does not read, and blocks that lie across columns that it wants apart."""
+    family = FAMILIES.get(str(matrix.config.get("model_type")))
+    if fmt.scale is NVFP4_SCALE and _is_expert(matrix.site):
         return "llama.cpp loads no outer scale of NVFP4 experts and computes NaN"
+    if family is None:
+        return None
+    if fmt.scale is NVFP4_SCALE and not re.search(family.outer_scales, matrix.site):
+        return f"llama.cpp's {family.arch} loads no outer scale of NVFP4 there"
+    kind = kind_of(fmt, matrix.columns)
+    for part in parts_of(family.rules, matrix.config, f"{matrix.site}.weight"):
+        run = matrix.columns // part.columns.runs if part.columns is not None else 0
+        if kind is not None and run % GGML_QUANT_SIZES[kind][0]:
+            return f"llama.cpp wants its columns in another order, in runs of {run}, across which blocks lie"
     return None
 
 

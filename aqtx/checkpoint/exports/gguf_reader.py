@@ -15,17 +15,9 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 
+from aqtx.checkpoint.exports.gguf_parts import Part
 from aqtx.errors import InputError, malformed
 from aqtx.models.sanity import nonsense
-
-
-def rows_in_order(rows: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
-    """Rows of q or k as llama.cpp's rotary op pairs them, neighbours instead of halves; 0 heads leaves them."""
-    if not heads:
-        return rows
-    half = rows.shape[0] // heads // 2
-    first, second = (half, 2) if back else (2, half)
-    return rows.reshape(heads, first, second, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 class GgufReader:
@@ -63,15 +55,19 @@ class GgufReader:
             (Path(scratch.name) / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         return scratch
 
-    def decode(self, name: str, index: int | None = None, heads: int = 0) -> Tensor:
-        """float32 values of a tensor, or of one expert of a stack, rows in the order of the checkpoint."""
+    def decode(self, name: str, index: int | None = None) -> np.ndarray:
+        """float32 values of a tensor, or of one expert of a stack, as the file has them."""
         if name not in self.tensors:
             raise InputError(f"{self.file}: tensor {name} is missing")
         tensor = self.tensors[name]
         data = tensor.data if index is None else tensor.data[index]
         values = dequantize(np.ascontiguousarray(data), tensor.tensor_type).astype(np.float32, copy=False)
         outer = self.tensors.get(name.removesuffix(".weight") + ".scale")
-        if outer is not None:
-            values = values * outer.data.reshape(-1)[index or 0]
-        ordered = rows_in_order(values, heads, back=True)
-        return torch.from_numpy(np.array(ordered))
+        return values if outer is None else values * outer.data.reshape(-1)[index or 0]
+
+    def parameter(self, places: list[tuple[str, Part]], shape: tuple[int, ...], index: int | None = None) -> Tensor:
+        """A parameter of this shape, or one expert of it, put together from the tensors that hold its parts."""
+        whole = np.empty(shape, np.float32)
+        for name, part in places:
+            part.put_back(self.decode(name, index).reshape(part.shape(shape)), whole)
+        return torch.from_numpy(whole)

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from aqtx.checkpoint.exports.gguf_metadata import family_of, names_of
+from aqtx.checkpoint.exports.gguf_parts import Part, flat
 from aqtx.checkpoint.exports.gguf_reader import GgufReader
+from aqtx.checkpoint.exports.gguf_rules import parts_of
 from aqtx.errors import InputError
+from aqtx.program.names import is_stacked
 
 
 class GgufSource:
@@ -21,42 +24,37 @@ class GgufSource:
         self._scratch = self.reader.folder()
         self.folder = Path(self._scratch.name)
         self._family = family_of(self.config, file)
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._names = names_of(self._family.arch, self.config["num_hidden_layers"])
 
     def parameter(self, name: str) -> Tensor:
         """The whole parameter, experts stacked."""
-        stored, heads = self._place(name)
-        kind = self.reader.tensors[stored]
-        if len(kind.shape) == 3:
-            return torch.stack([self.expert(name, index) for index in range(int(kind.shape[-1]))])
-        value = self.reader.decode(stored, None, heads)
-        alone = value.dim() == 1 and name.endswith("shared_expert_gate.weight")  # a matrix of one row is a vector there
-        return (value[None] if alone else value).to(self.dtype)
+        shape = self._shapes[name]
+        if is_stacked(name, shape):
+            return torch.stack([self.expert(name, index) for index in range(shape[0])])
+        value = self.reader.parameter(self._places(name), flat(shape, stacked=False))
+        return value.to(self.dtype).reshape(shape)
 
     def expert(self, name: str, index: int) -> Tensor:
         """One expert's matrix."""
-        stored, heads = self._place(name)
-        return self.reader.decode(stored, index, heads).to(self.dtype)
+        return self.reader.parameter(self._places(name), self._shapes[name][1:], index).to(self.dtype)
 
     def own_dtype(self, name: str) -> torch.dtype | None:
         """None: llama.cpp keeps vectors in float32 whatever the model's dtype, so the file's say nothing."""
         return None
 
-    def _place(self, name: str) -> tuple[str, int]:
-        """The tensor that holds a parameter, and its heads where its rows are in llama.cpp's order."""
-        leaf = name.rpartition(".")[2]
-        suffix = f".{leaf}" if leaf in ("weight", "bias") else ""
-        found = self._names.get_name(name.removesuffix(suffix) if suffix else name)
-        stored = f"{found}{suffix or '.weight'}"
-        if found is None or stored not in self.reader.tensors:
+    def _places(self, name: str) -> list[tuple[str, Part]]:
+        """The tensors that hold a parameter, and what of it."""
+        parts = parts_of(self._family.rules, self.config, name)
+        found = [(f"{self._names.get_name(part.asked)}{part.suffix}", part) for part in parts]
+        if not all(stored in self.reader.tensors for stored, _ in found):
             raise InputError(f"{self.reader.file}: no tensor holds {name}")
-        heads = {"attn_q": self.config["num_attention_heads"]}
-        heads["attn_k"] = self.config.get("num_key_value_heads") or heads["attn_q"]
-        return stored, heads.get(stored.split(".")[-2], 0) if self._family.permuted else 0
+        return found
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """InputError where a parameter is missing or of another size."""
+        """Take the parameters' shapes; InputError where one is missing or of another size."""
+        self._shapes = shapes
         for name, shape in shapes.items():
-            stored, _ = self._place(name)
-            if int(self.reader.tensors[stored].n_elements) != math.prod(shape):
-                raise InputError(f"{self.reader.file}: {stored} is not of the shape {list(shape)} of {name}")
+            places = self._places(name)
+            if sum(int(self.reader.tensors[stored].n_elements) for stored, _ in places) != math.prod(shape):
+                raise InputError(f"{self.reader.file}: {places[0][0]} is not of the shape {list(shape)} of {name}")

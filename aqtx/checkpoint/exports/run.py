@@ -10,7 +10,7 @@ from aqtx.checkpoint.exports.clients import CLIENTS
 from aqtx.checkpoint.exports.compare import Checked
 from aqtx.checkpoint.exports.nearest_form import nearest_form
 from aqtx.checkpoint.exports.table import TARGETS
-from aqtx.checkpoint.exports.target import Client, Job, Target, captured
+from aqtx.checkpoint.exports.target import Client, Job, Matrix, Target, captured
 from aqtx.checkpoint.open import open_program
 from aqtx.checkpoint.write import MODEL_FILES
 from aqtx.errors import InputError, nearest
@@ -135,13 +135,14 @@ def client_problems(job: Job, client: Client) -> list[str]:
     """Why a client would not load or rightly run this checkpoint."""
     target, sites, refused = TARGETS[client.target], job.sites, dict[tuple[str, str, int], list[str]]()
     for name, fmt in job.formats.items():
-        if why := client.refuses(fmt, name):
+        if why := client.refuses(fmt, Matrix(name, sites[name].shape[1], job.program.config)):
             refused.setdefault((fmt.name, why, sites[name].shape[1]), []).append(name)
     problems = []
     for (name, why, columns), members in refused.items():
 
         def runs(fmt: Format, member: str = members[0], columns: int = columns) -> bool:
-            return target.form(fmt, columns) is not None and client.refuses(fmt, member) is None
+            matrix = Matrix(member, columns, job.program.config)
+            return target.form(fmt, columns) is not None and client.refuses(fmt, matrix) is None
 
         problems.append(no_form(client.name, parse(name), members, columns, runs, why))
     inputs = {name: client.refuses_inputs(name, how) for name, how in job.activations().items() if name in job.formats}

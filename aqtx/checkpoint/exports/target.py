@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,15 @@ from aqtx.program.site import Site
 FormOf = Callable[[Format, int], str | None]  # format, columns of the matrix -> name of its form
 
 
-def _nothing(fmt: Format, site: str) -> str | None:
+class Matrix(NamedTuple):
+    """A matrix whose format is in question: its site, the length of its rows, the model's config.json."""
+
+    site: str
+    columns: int
+    config: Mapping[str, Any]
+
+
+def _nothing(fmt: Format, matrix: Matrix) -> str | None:
     return None
 
 
@@ -40,7 +49,7 @@ class Client:
         target: what it loads.
         alike: patterns; sites with equal captures must share one format, or all stay unquantized.
         why: the reason of each pattern, in its order.
-        refuses: (format, site) -> a sentence where this program cannot run what the target can hold.
+        refuses: (format, matrix) -> a sentence where this program cannot run what the target can hold.
         refuses_inputs: (site, activation) -> a sentence where it cannot run what the target holds for rounded inputs.
         coded: pattern of sites that must all be quantized, if anything is.
         shared_scale: patterns; matrices in the NVFP4 format with equal captures need one outer scale.
@@ -50,7 +59,7 @@ class Client:
     target: str
     alike: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
-    refuses: Callable[[Format, str], str | None] = _nothing
+    refuses: Callable[[Format, Matrix], str | None] = _nothing
     refuses_inputs: Callable[[str, str], str | None] = _no_inputs
     coded: str | None = None
     shared_scale: tuple[str, ...] = ()
