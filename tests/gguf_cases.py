@@ -1,22 +1,20 @@
 """Small random models in settings that llama.cpp can compute: one a family, and what else their configs can say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from tests.model_cases import LLAMA3, YARN, oracle
+from aqtx.models import build
+from aqtx.program.names import NamesTable
+from tests.model_cases import LLAMA3, YARN, oracle, randomize
 from tests.quantized_folders import with_tokenizer
 
-SIZES = {
-    "vocab_size": 3072,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-}
+SIZES = {"vocab_size": 3072, "bos_token_id": 0, "eos_token_id": 0}
+SIZES |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 32}
 TURNS = HEADS | {"layer_types": ["linear_attention", "full_attention"]}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -49,7 +47,6 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4 groups, biases, no norms": ("glm4-moe-groups", {}),
     "glm4 tied, no dense layer": ("glm4-moe", TIED | LATE | {"n_shared_experts": 1}),
     "glm4 yarn": ("glm4-moe", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}),
-    "gpt_oss full": ("gpt-oss", PLAIN_ROPE | {"layer_types": ["full_attention"] * 2}),
     "gpt_oss windows": ("gpt-oss", PLAIN_ROPE | {"layer_types": ["sliding_attention"] * 2}),
     "deepseek_v2 no latent of queries": ("deepseek-v2", {"q_lora_rank": None}),
     "deepseek_v2 yarn": ("deepseek-v2-yarn", {}),
@@ -69,6 +66,22 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 yarn, other bounds": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 16.0, "attention_factor": 1.3}}),
 }
 ALL = CASE_OF | SWITCHES
+
+
+def save_own(config: dict[str, Any], folder: Path) -> None:
+    """A random model of our own class, for which transformers has none, saved under the names on disk."""
+    model = build(config)
+    randomize(model)
+    table = NamesTable({name: tuple(value.shape) for name, value in model.named_parameters()})
+    tensors = {}
+    for name, value in model.state_dict().items():
+        keys = table.to_disk[name]
+        parts = value if len(keys) > 1 else value[None]
+        tensors |= {key: part.contiguous() for key, part in zip(keys, parts, strict=True)}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with_tokenizer(folder)
 
 
 def made(case: str, folder: Path, **settings: Any) -> nn.Module:

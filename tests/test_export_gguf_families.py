@@ -18,11 +18,12 @@ from aqtx.errors import InputError
 from aqtx.formats.table import parse
 from aqtx.models import MODEL_TYPES
 from aqtx.models.on_disk import text_config
-from tests.gguf_cases import ALL, CASE_OF, SIZES, SWITCHES, TIED, ids_of, made
+from tests.gguf_cases import ALL, CASE_OF, SIZES, SWITCHES, TIED, ids_of, made, save_own
 from tests.llama_cpp import Model
 from tests.model_cases import CASES, LLAMA3, YARN, oracle
 from tests.quantized_folders import quantized, with_tokenizer
 from tests.test_export_gguf import nll
+from tests.test_models_deepseek import CONFIG as DEEPSEEK
 from tests.true_configs import TRUE_CONFIGS
 
 
@@ -33,13 +34,23 @@ def test_llama_cpp_computes_our_logits(case: str, tmp_path: Path) -> None:
     The file read back holds the same weights, but for two roundings where 1 or a logarithm was added and taken away.
     """
     made(case, tmp_path / "source")
-    file = export(tmp_path / "source", "gguf", tmp_path / "model.gguf").path
-    program, back, ids = aqtx.load(tmp_path / "source"), open_program(file, None), ids_of(24)
+    same_logits(tmp_path / "source", tmp_path / "model.gguf")
+
+
+def same_logits(source: Path, output: Path) -> None:
+    """Of a folder and of its file in llama.cpp, and the same weights in both."""
+    file = export(source, "gguf", output).path
+    program, back, ids = aqtx.load(source), open_program(file, None), ids_of(24)
     with torch.no_grad():
         own = program.module()(torch.tensor([ids]))[0].numpy()
     assert np.abs(Model(file).logits(ids) - own).max() < 0.02
     for name in program.weights.names():
         torch.testing.assert_close(back.weights.get(name), program.weights.get(name), rtol=2**-21, atol=2**-22)
+
+
+def test_deepseek_of_which_transformers_has_no_class(tmp_path: Path) -> None:
+    save_own(DEEPSEEK | SIZES | {"dtype": "float32"}, tmp_path / "source")
+    same_logits(tmp_path / "source", tmp_path / "model.gguf")
 
 
 def test_every_family_is_tested() -> None:
@@ -56,6 +67,7 @@ REFUSALS = [
     ("gpt_oss", {"swiglu_limit": 0.3}, "swiglu_limit"),
     ("gpt_oss", {"attention_bias": False}, "attention_bias"),
     ("gpt_oss", TIED, "tie_word_embeddings"),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "a layer with a sliding window"),
     ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "full attention in every so-manieth"),
     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "by its two best"),
     ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),

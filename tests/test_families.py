@@ -1,9 +1,11 @@
 """Every own family through the whole of aqtx: traced, quantized, saved, reloaded, generated with a cache, exported."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ from aqtx.passes.fuse_hadamard import FuseHadamard
 from aqtx.passes.gptq import Gptq
 from aqtx.passes.insert_hadamard import InsertHadamard
 from aqtx.passes.quantize import Quantize
+from aqtx.program.accounting import account
 from aqtx.program.generate import Generator
 from aqtx.registry import Pass
 from aqtx.runs.pipeline import run
@@ -78,6 +81,18 @@ def test_rounded_saved_and_reloaded_bit_for_bit(source: Path, tmp_path: Path) ->
     assert not [site for site in program.codes if site.endswith((".gate", ".router", ".router.layer", "lm_head"))]
     aqtx.save(program, tmp_path / "saved")
     assert torch.equal(aqtx.load(tmp_path / "saved").module()(ids), expected)
+
+
+def test_what_is_no_matrix_is_kept_and_counted(source: Path) -> None:
+    """Correction biases, sinks, convolutions and decays are never rounded; quantized and kept add up to the file."""
+    program = rounded(source, None, Quantize())
+    special = ("correction_bias", "moe_statics", "sinks", "conv1d", "A_log", "dt_bias")
+    assert not [name for name in program.codes if any(part in name for part in special)]
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        stored = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118  (no mapping)
+    counted = account(program, ()).elements
+    assert counted["total"] == stored == counted["quantized"] + counted["kept"]
+    assert counted["quantized"] == sum(site.numel for site in program.sites() if site.name in program.codes)
 
 
 def test_generated_with_a_cache_as_by_scoring_again(source: Path) -> None:

@@ -95,8 +95,7 @@ def _routed(parsed: Any) -> Numbers:
 
 def _gpt_oss(parsed: Any) -> Numbers:
     counts = tell.experts(parsed.num_experts, parsed.experts_per_token, parsed.expert_size)
-    no_window = {"sliding_window": parsed.decoder.rope.max_positions, "sliding_window_pattern": 1}  # it wants the keys
-    return tell.shell(parsed.decoder, parsed.expert_size) | counts | no_window | tell.windows(parsed.decoder)
+    return tell.shell(parsed.decoder, parsed.expert_size) | counts | tell.windows(parsed.decoder)
 
 
 def _gemma3(parsed: Any) -> Numbers:
@@ -173,6 +172,11 @@ def _window_limits(parsed: Any) -> list[str]:
     return [] if tell.period(windows) is not None else ["wants full attention in every so-manieth layer"]
 
 
+def _gpt_oss_limits(parsed: Any) -> list[str]:
+    alike = all(window is None for window in parsed.decoder.windows)
+    return ["wants a layer with a sliding window"] if alike else _window_limits(parsed)
+
+
 def _gemma_limits(parsed: Any) -> list[str]:
     told, decoder = _window_limits(parsed), parsed.decoder
     size = decoder.hidden_size // decoder.num_heads if decoder.num_layers == 62 else decoder.head_size
@@ -201,7 +205,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(arch="llama", numbers=_dense, rules=PAIRED, ropes=_DIVISORS, outer_scales=_WITH_MLP),
     "mixtral": Family(arch="llama", numbers=_sparse, rules=PAIRED, ropes=_DIVISORS),
     "qwen2": Family(arch="qwen2", numbers=_dense, assumed=_NO_WINDOW),
-    "qwen3": Family(arch="qwen3", numbers=_dense, assumed=_NO_WINDOW | _NO_BIAS),
+    "qwen3": Family(arch="qwen3", numbers=_dense, assumed=_NO_WINDOW | _NO_BIAS, outer_scales=_WITH_MLP),
     "smollm3": Family(
         arch="smollm3",
         numbers=_dense,
@@ -273,7 +277,7 @@ FAMILIES: dict[str, Family] = {
             "swiglu_alpha": (None, 1.702),
             "swiglu_limit": (None, 7.0),
         },
-        limits=_window_limits,
+        limits=_gpt_oss_limits,
         notes=_untruncated,
     ),
     "gemma3_text": Family(arch="gemma3", numbers=_gemma3, rules=OFFSET_GAINS, assumed=_NO_BIAS, limits=_gemma_limits),
