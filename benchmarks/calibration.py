@@ -37,6 +37,7 @@ from aqtx.report.numbers import interval
 from aqtx.runs.pipeline import Run
 from aqtx.text import self_sampling
 from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.expert_choices import Routed
 from aqtx.text.tokens import Tokenizer, calibration, evaluation, load_tokenizer
 from benchmarks.arms import measured
 
@@ -85,9 +86,10 @@ def draw(row: Row, size: str, seed: int) -> dict[str, Any]:
     source = "builtin" if row.tau is None else "ebss"
     spec = CalibrationSpec(source=source, num_sequences=num_sequences, sequence_length=length, tau=row.tau)
     started = time.perf_counter()
-    ids = (
-        calibration(spec, tokenizer, seed) if row.tau is None else self_sampling.calibration(program, spec, seed, None)
-    )
+    if row.tau is None:
+        ids = calibration(spec, tokenizer, seed)
+    else:
+        ids = self_sampling.calibration(spec, seed, None, partial(Routed, program))
     seconds = time.perf_counter() - started
     usage = self_sampling.usage_of(program, ids)  # [L, E]
     share = usage / usage.sum(-1, keepdim=True)

@@ -98,7 +98,7 @@ class Bench:
         else:
             starts = "frequency" if source == "own frequency" else "uniform"
             spec = CalibrationSpec(source="self", num_sequences=count, sequence_length=LENGTH, starts=starts)
-            ids = own_text.calibration(program, spec, 0, None, start=start_of(tokenizer))
+            ids = own_text.Writer(program, spec, start=start_of(tokenizer)).text(None)
         return {"ids": ids.tolist()}
 
     def plans(self, kind: str) -> Found:

@@ -6,6 +6,7 @@
     python benchmarks/larger_than_memory.py run /data/small-random /data/out 1500MB
     python benchmarks/larger_than_memory.py run /data/small-random /data/out 1500MB router_only evaluate=null
     python benchmarks/larger_than_memory.py fisher /data/small-random 8
+    python benchmarks/larger_than_memory.py text /data/small-random 64x64 700MB
 
 `make` writes random weights, one tensor per expert and projection, bf16: in the shapes of OLMoE-1B-7B (64 experts, 16
 layers), or 4 layers of 32 experts of 1024 x 1024. Text is read with the shipped model's tokenizer. `run` applies the
@@ -13,7 +14,8 @@ quickstart or another recipe, with overrides, under a limit (`none`: what is fre
 and samples the memory of the process that no file backs (RssAnon + RssShmem of /proc/self/status); mapped weights are
 not counted: the kernel drops them whenever it likes.
 `fisher` holds the CPU seconds of Fisher information, on so many sequences, against a plain forward and backward pass
-of the same text with the whole model in memory.
+of the same text with the whole model in memory. `text` lets the model write calibration text of its own, so many
+sequences of so many tokens, and prints its digest.
 """
 
 import argparse
@@ -31,9 +33,10 @@ from torch.nn.functional import cross_entropy
 
 from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.shards import write_shards
-from aqtx.machine.memory import PeakMemory, bytes_of
+from aqtx.machine.memory import PeakMemory, bytes_of, resident_bytes, room_for_work
 from aqtx.models import build, load_config
 from aqtx.program.names import NamesTable
+from aqtx.runs.fingerprint import ids_hash
 from aqtx.runs.memory_needs import Need
 from aqtx.runs.recipe import load_recipe
 from aqtx.runs.yaml_text import parse_overrides
@@ -100,7 +103,7 @@ def run(source: Path, output: Path, limit: str, name: str = "quickstart", change
     print(f"{report['average_bits']:.4f} bits a planned weight")
     stages: dict[str, Any] = {f"evaluate {moment}": told for moment, told in report["evaluations"].items()}
     stages |= {row["name"]: row for row in report["passes"]}
-    for need in estimated:
+    for need in (row for row in estimated if row.stage in stages):
         told = stages[need.stage]
         seconds, measured = told["seconds"], told["peak_memory_bytes"]
         print(f"  {need.stage:<16}{seconds:>9.1f} s  {measured / 1e9:>6.2f} GB, estimated {need.peak / 1e9:.2f}")
@@ -138,10 +141,31 @@ def fisher(source: Path, num_sequences: int) -> None:
     print(f"Fisher {spent:.1f} CPU seconds, forward and backward {plain:.1f}: {spent / plain:.2f} times")
 
 
+def text(source: Path, size: str, limit: str) -> None:
+    """Seconds and memory of text that the model writes itself."""
+    from aqtx.runs.memory_needs import Sizes, text_needs
+    from aqtx.runs.opening import calibration_of, program_of, recipe_context
+
+    count, length = map(int, size.split("x"))
+    asked = {"source": "self", "num_sequences": count, "sequence_length": length}
+    overrides = {f"calibration.{key}": value for key, value in asked.items()} | {"model.source": str(source)}
+    recipe = load_recipe("quickstart", overrides | {"max_memory": None if limit == "none" else limit})
+    program = program_of(recipe)
+    context = recipe_context(recipe, program)
+    [need] = text_needs(Sizes(program, resident_bytes(), room_for_work(program.device, recipe.memory_limit)), recipe)
+    started = time.perf_counter(), time.process_time()
+    with PeakMemory() as peak:
+        ids = calibration_of(recipe, program, context).ids
+    wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+    print(f"{need.streams}; {wall:.0f} s, {cpu:.0f} CPU s, {cpu / length:.2f} CPU s a token of all sequences")
+    print(f"RssAnon + RssShmem at most {peak.num_bytes / 1e9:.2f} GB, estimated {need.peak / 1e9:.2f} GB, ", end="")
+    print(f"{need.disk / 1e9:.2f} GB of disk; text {ids_hash(ids)[:16]}")
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("make", "run", "fisher"))
+    parser.add_argument("command", choices=("make", "run", "fisher", "text"))
     parser.add_argument("words", nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,6 +174,8 @@ def main() -> None:
         make(words[0], Path(words[1]))
     elif arguments.command == "run":
         run(Path(words[0]), Path(words[1]), *(words[2:4] or ["4GB"]), changes=words[4:])
+    elif arguments.command == "text":
+        text(Path(words[0]), words[1], words[2])
     else:
         fisher(Path(words[0]), int(words[1]))
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import aqtx.text.self_sampling as ebss
+from aqtx.blockwise.block_writer import BlockRoutes
 from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.program.program import Program
 from aqtx.runs.recipe import parse_recipe
 from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.expert_choices import Routed
 from aqtx.text.sources import read_passages
 from tests.tiny import OLMOE, random_model
 
@@ -24,7 +26,7 @@ def program() -> Program:
 
 @pytest.fixture(scope="module")
 def sampled(program) -> ebss.Sampled:
-    return ebss.sample(program, num_sequences=10, length=LENGTH)
+    return ebss.sample(Routed(program), num_sequences=10, length=LENGTH)
 
 
 def test_usage_is_what_scoring_the_text_counts(program, sampled) -> None:
@@ -33,8 +35,13 @@ def test_usage_is_what_scoring_the_text_counts(program, sampled) -> None:
     assert sampled.usage.sum() == 10 * LENGTH * 2 * 2  # tokens, experts a token, layers
 
 
+def test_a_model_that_does_not_fit_samples_the_same_text(program, sampled) -> None:
+    blocks = ebss.sample(BlockRoutes(program), num_sequences=10, length=LENGTH)
+    assert torch.equal(blocks.ids, sampled.ids) and torch.equal(blocks.usage, sampled.usage)
+
+
 def test_seeds_decide(program, sampled) -> None:
-    ids = [ebss.sample(program, num_sequences=3, length=12, seed=seed).ids for seed in (0, 0, 1)]
+    ids = [ebss.sample(Routed(program), num_sequences=3, length=12, seed=seed).ids for seed in (0, 0, 1)]
     assert torch.equal(ids[0], ids[1])
     assert not torch.equal(ids[0], ids[2])
 
@@ -44,7 +51,7 @@ def test_every_sequence_starts_from_a_token_of_its_own(sampled) -> None:
 
 
 def test_a_small_tau_balances_more(program) -> None:
-    found = [ebss.sample(program, num_sequences=6, length=24, tau=tau).deviation for tau in (1e6, 1e-3)]
+    found = [ebss.sample(Routed(program), num_sequences=6, length=24, tau=tau).deviation for tau in (1e6, 1e-3)]
     assert found[1] < 0.6 * found[0]
 
 
@@ -60,14 +67,18 @@ def test_file_is_calibration_text(sampled, tmp_path, program) -> None:
     assert rows == sampled.ids.tolist()
     assert json.loads(file.read_text().splitlines()[0])["balance"]["deviation"] == pytest.approx(sampled.deviation)
     spec = CalibrationSpec(source="ebss", num_sequences=10, sequence_length=LENGTH)
-    assert torch.equal(ebss.calibration(program, spec, 0, tmp_path), sampled.ids)  # kept, not sampled again
+    assert torch.equal(
+        ebss.calibration(spec, 0, tmp_path, lambda: Routed(program)), sampled.ids
+    )  # kept, not sampled again
 
 
 def test_tau_is_a_key_of_the_source_ebss(program) -> None:
     recipe = {"version": 1, "model": {"source": "tinymoe"}}
     asked = {"source": "ebss", "num_sequences": 3, "sequence_length": 24}
     specs = [parse_recipe(recipe | {"calibration": asked | more}).calibration for more in ({}, {"tau": 1e-3})]
-    published, balanced = (ebss.usage_of(program, ebss.calibration(program, spec, 0, None)) for spec in specs)
+    published, balanced = (
+        ebss.usage_of(program, ebss.calibration(spec, 0, None, lambda: Routed(program))) for spec in specs
+    )
     assert ebss.deviation(balanced) < 0.8 * ebss.deviation(published)
 
 
@@ -88,4 +99,4 @@ def test_a_tau_that_cannot_be_is_refused(values, words) -> None:
 def test_a_dense_model_is_refused() -> None:
     config = {key: value for key, value in OLMOE.items() if "expert" not in key} | {"model_type": "llama"}
     with pytest.raises(InputError, match="no experts to balance"):
-        ebss.sample(trace(random_model(config, dtype=torch.float32)), num_sequences=1, length=4)
+        Routed(trace(random_model(config, dtype=torch.float32)))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import aqtx
+from aqtx.blockwise.block_writer import BlockWriter
 from aqtx.checkpoint.exports.run import export
 from aqtx.errors import InputError
 from aqtx.models import MODEL_TYPES, UNROTATED
@@ -21,7 +22,7 @@ from aqtx.passes.gptq import Gptq
 from aqtx.passes.insert_hadamard import InsertHadamard
 from aqtx.passes.quantize import Quantize
 from aqtx.program.accounting import account
-from aqtx.program.generate import Generator
+from aqtx.program.generate import Generator, Sampling, Writes
 from aqtx.registry import Pass
 from aqtx.runs.pipeline import run
 from tests.model_cases import CASES, oracle, token_ids
@@ -103,6 +104,24 @@ def test_generated_with_a_cache_as_by_scoring_again(source: Path) -> None:
         for count, token in enumerate(made):
             logits = score(torch.tensor([prompt + made[:count]]))[0, -1]
             assert logits[token] >= logits.max() - 1e-5
+
+
+def test_written_one_block_at_a_time_as_in_memory(source: Path, tmp_path: Path) -> None:
+    """The same operations in the same order: the same tokens, with every kind of cache, on disk and in memory."""
+    program = aqtx.trace(source, torch.float32)
+    firsts = [token_ids(3, 2), token_ids(2, 2, seed=1)]
+
+    def written(writes: Writes) -> list[torch.Tensor]:
+        randoms = [torch.Generator().manual_seed(index) for index in range(2)]
+        return writes.write_each(firsts, 9, Sampling(temperature=1.0), randoms)
+
+    whole = Generator(program)
+    expected, shares = written(whole), whole.mean_next(firsts[0])
+    for room in (0, 1 << 20):
+        blocks = BlockWriter(program, room, tmp_path, lambda items, **_: items)
+        assert all(torch.equal(one, other) for one, other in zip(expected, written(blocks), strict=True))
+        assert torch.equal(shares, blocks.mean_next(firsts[0]))
+    assert not any(tmp_path.iterdir())
 
 
 def test_gptq_walks_every_family(source: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from aqtx import cli
 from aqtx.errors import InputError
 from aqtx.machine.memory import bytes_of, resident_bytes
-from aqtx.runs.memory_needs import Sizes, needs, pass_need
+from aqtx.runs.memory_needs import Sizes, needs, pass_need, text_needs
 from aqtx.runs.opening import program_of
 from aqtx.runs.recipe import load_recipe
 from tests.tiny import OLMOE
@@ -58,6 +58,11 @@ def test_training_streams_where_the_model_does_not_fit(tmp_path: Path) -> None:
     assert whole.peak > 3_700_000_000 and blocks.peak < 3 << 30
     assert (whole.disk, blocks.disk) == (0, 0)
     assert kept.disk == 128 * 256 * 2 * (2048 + 4 * 64)  # what flows into the head, and router logits
+    for source, walks in (("self", 256), ("ebss", 16 * 256)):
+        asked = load_recipe("router_only", {"model.source": str(tmp_path), "calibration.source": source})
+        [whole], [blocks] = (text_needs(Sizes(program, 0, room), asked) for room in (20 << 30, 3 << 30))
+        assert whole.streams == "no" and whole.peak > 3_700_000_000 > 3 << 30 > blocks.peak
+        assert blocks.streams.startswith(f"one block at a time: {walks:,} walks over 3.8 GB, ")
 
 
 @pytest.mark.parametrize("command", ["check", "apply"])

@@ -1,11 +1,13 @@
 """Text that the model writes itself: drawn from its own distribution, the same whether the run was stopped or not."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from aqtx.blockwise.block_writer import BlockWriter, writer_of
 from aqtx.checkpoint.locate import locate
 from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
@@ -14,6 +16,7 @@ from aqtx.program.program import Program
 from aqtx.runs.recipe import parse_recipe
 from aqtx.text import own_text
 from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.own_text import Writer
 from aqtx.text.sources import read_passages
 from aqtx.text.tokens import load_tokenizer, prompt_ids
 from tests.foreign_models import foreign
@@ -32,19 +35,18 @@ def spec(**settings: object) -> CalibrationSpec:
 
 
 def test_first_tokens_cover_the_vocabulary_behind_the_start(program: Program) -> None:
-    ids = own_text.calibration(
-        program, spec(num_sequences=VOCABULARY + 5, sequence_length=4, starts="uniform"), 0, None, start=[3, 5]
-    )
+    asked = spec(num_sequences=VOCABULARY + 5, sequence_length=4, starts="uniform")
+    ids = Writer(program, asked, start=[3, 5]).text(None)
     assert ids.shape == (VOCABULARY + 5, 4)
     assert (ids[:, :2] == torch.tensor([3, 5])).all()
     assert sorted(ids[:VOCABULARY, 2].tolist()) == list(range(VOCABULARY))
 
 
 def test_seeds_and_temperature_decide(program: Program) -> None:
-    one, same, other = (own_text.calibration(program, spec(), seed, None) for seed in (0, 0, 1))
+    one, same, other = (Writer(program, spec(), seed).text(None) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    cold = own_text.calibration(program, spec(temperature=1e-4), 0, None)
+    cold = Writer(program, spec(temperature=1e-4)).text(None)
     greedy = Generator(program).continue_greedily(cold[:, :1].tolist(), max_new_tokens=11)
     assert cold[:, 1:].tolist() == greedy
 
@@ -53,12 +55,12 @@ def test_an_interrupted_run_goes_on_with_the_same_text(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_text, "BATCH", 4)
-    whole = own_text.calibration(program, spec(), 0, None)
+    whole = Writer(program, spec()).text(None)
 
     with pytest.raises(KeyboardInterrupt):
-        own_text.calibration(program, spec(), 0, tmp_path, progress=interrupted)
+        Writer(program, spec()).text(tmp_path, interrupted)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["self-0.jsonl", "self-1.jsonl"]
-    assert torch.equal(own_text.calibration(program, spec(), 0, tmp_path), whole)
+    assert torch.equal(Writer(program, spec()).text(tmp_path), whole)
     assert [file.name for file in tmp_path.iterdir()] == [own_text.FILE_NAME]
     rows = [list(passage.ids or ()) for passage in read_passages(str(tmp_path / own_text.FILE_NAME), "calibration")]
     assert rows == whole.tolist()
@@ -75,7 +77,7 @@ def test_frequent_starts_are_drawn_from_the_models_own_distribution(program: Pro
     probes = torch.arange(VOCABULARY).unsqueeze(-1)
     shares = program.module()(probes)[:, -1].double().softmax(-1).mean(0)
     assert torch.allclose(Generator(program).mean_next(probes), shares, atol=1e-7)
-    drawn = own_text.calibration(program, spec(starts="frequency", num_sequences=4000, sequence_length=2), 0, None)
+    drawn = Writer(program, spec(starts="frequency", num_sequences=4000, sequence_length=2)).text(None)
     counts = torch.bincount(drawn[:, 0], minlength=VOCABULARY)
     deviation = (4000 * shares * (1 - shares)).sqrt()
     assert ((counts - 4000 * shares).abs() < 5 * deviation).all()
@@ -83,9 +85,26 @@ def test_frequent_starts_are_drawn_from_the_models_own_distribution(program: Pro
 
 def test_a_model_without_a_cache_writes_too() -> None:
     program = trace(foreign("gpt_neox"))
-    ids = own_text.calibration(program, spec(num_sequences=3, sequence_length=6, temperature=1e-4), 0, None)
+    ids = Writer(program, spec(num_sequences=3, sequence_length=6, temperature=1e-4)).text(None)
     greedy = Generator(program).continue_greedily(ids[:, :1].tolist(), max_new_tokens=5)
     assert ids[:, 1:].tolist() == greedy
+
+
+@pytest.mark.parametrize("kind", ["own family", "without a cache"])
+def test_a_model_that_does_not_fit_writes_the_same_text(
+    kind: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches grow together, each from its own numbers."""
+    monkeypatch.setattr(own_text, "BATCH", 4)
+    model = program if kind == "own family" else trace(foreign("gpt_neox"))
+    asked = spec(starts="frequency", sequence_length=7)
+    make = partial(writer_of, model, 0, tmp_path / "work", lambda items, **_: items)
+    assert isinstance(make(), BlockWriter) and isinstance(writer_of(model, 1 << 40, None, make), Generator)
+    whole, blocks = (
+        Writer(model, asked, start=[3]).text(None),
+        Writer(model, asked, start=[3], make=make).text(tmp_path),
+    )
+    assert torch.equal(whole, blocks)
 
 
 def test_tokens_are_drawn_with_the_models_probabilities() -> None:

@@ -11,6 +11,7 @@ import aqtx.text.self_sampling as ebss
 from aqtx.checkpoint.open import trace
 from aqtx.errors import InputError
 from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.expert_choices import Routed
 from aqtx.text.tokens import calibration, evaluation, load_tokenizer, start_of
 from tests.tiny import random_model
 
@@ -118,7 +119,7 @@ def test_an_end_token_is_no_start(tmp_path) -> None:
 
 def test_self_sampled_text_grows_behind_the_start() -> None:
     program = trace(random_model(dtype=torch.float32))
-    sampled = ebss.sample(program, num_sequences=10, length=ebss.SLOTS + 8, start=[3, 5])
+    sampled = ebss.sample(Routed(program), num_sequences=10, length=ebss.SLOTS + 8, start=[3, 5])
     assert sampled.ids.shape == (10, ebss.SLOTS + 8)
     assert sampled.ids[:, :2].tolist() == [[3, 5]] * 10
     assert len(sampled.ids[:, 2].unique()) == 10 > ebss.PARALLEL

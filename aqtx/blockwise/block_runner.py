@@ -126,12 +126,8 @@ class Runner:
 
     def load_as_stands(self, block: Block) -> Values:
         """The block's parameters, codes where they were rounded, packed where they were emitted; not for writing."""
-        program, names = self.program, {node: str(node.target) for node in block.parameters}
-        values = program.parameters(name for name in names.values() if name in program.weights.specs)
-        return {
-            node: (values[name] if name in values else program.buffers[name]).to(self.device)
-            for node, name in names.items()
-        }
+        found = self.program.loaded(str(node.target) for node in block.parameters)
+        return {node: found[str(node.target)] for node in block.parameters}
 
     def advance(self, block: Block, weights: Values) -> None:
         """Run the whole block and hand its results on."""

@@ -45,6 +45,7 @@ class Walk:
             channels += payload["channels"]
             if block.index < last:
                 self.runner.advance(block, weights)
+            del weights  # before the next block's are read
         return {"sites": rows, "channels": channels}
 
     def _round(self, block: Block, weights: Values, planned: list[Site]) -> dict[str, Any]:

@@ -58,3 +58,9 @@ def tokens_at_once(program: Program, blocks: Sequence[Block]) -> int:
 def stream_bytes(program: Program, num_tokens: int) -> int:
     """What flows between two blocks for so many tokens."""
     return num_tokens * int(program.config.get("hidden_size", 0)) * program.dtype.itemsize
+
+
+def cache_bytes(program: Program, num_tokens: int) -> int:
+    """What a cache of keys and values takes for so many tokens; states of linear attention are left out."""
+    kept = [site.shape[0] for site in program.sites() if site.category in ("attn_k", "attn_v", "attn_latent")]
+    return num_tokens * sum(kept) * program.dtype.itemsize

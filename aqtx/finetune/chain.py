@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from aqtx.blockwise.work_size import stream_bytes
-from aqtx.finetune.pieces import Piece, Weights, computed, load, piece_of
+from aqtx.finetune.pieces import Piece, Weights, computed, piece_of
 from aqtx.finetune.recompute import Part, recomputed
 from aqtx.finetune.routed import Ends, Head, ends_of
 from aqtx.machine.memory import release_unused
@@ -90,7 +90,7 @@ class Chain:
             known = {**values[index], **dict(zip(flowing, given, strict=True))}
             return finish(index, {**known, **piece(known, {**weights, **computed(self.program, masters)})})
 
-        part = Part(partial(load, self.program, [name for name in piece.names if name not in own]), run, tuple(own))
+        part = Part(partial(self.program.loaded, [name for name in piece.names if name not in own]), run, tuple(own))
         found = recomputed(part, own, [[known[node] for node in flowing] for known in values])
         release_unused()
         return found

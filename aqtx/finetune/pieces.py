@@ -1,6 +1,6 @@
 """A graph cut into pieces, each a block as a module whose weights are given when it runs; or all of it as one piece."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +46,6 @@ def piece_of(block: Block, program: Program, wanted: Collection[fx.Node], held: 
     parameters = {name: value for name, value in values.items() if name in program.weights.specs}
     buffers = {name: value for name, value in values.items() if name in program.buffers}
     return Piece(block, bind(graph, parameters, buffers, program.device), outputs, names)
-
-
-def load(program: Program, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters as they stand, codes as the values that they mean until they are emitted, and buffers."""
-    names = list(names)
-    found = program.parameters(name for name in names if name in program.weights.specs)
-    found |= {name: program.buffers[name] for name in names if name in program.buffers}
-    return {name: value.to(program.device) for name, value in found.items()}
 
 
 def computed(program: Program, trained: Weights) -> dict[str, Tensor]:

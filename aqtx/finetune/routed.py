@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from aqtx.errors import InputError
-from aqtx.finetune.pieces import Piece, Weights, computed, load, piece_of
+from aqtx.finetune.pieces import Piece, Weights, computed, piece_of
 from aqtx.program.blocks import whole
 from aqtx.program.inserted_ops import ACTIVATION_OPS
 from aqtx.program.program import Program
@@ -84,7 +84,7 @@ def routed(program: Program, *, rounded: bool) -> Routed:
     """The student of a program, or with `rounded` False its teacher, with all weights in memory."""
     view, graph = side(program, rounded=rounded)
     ends, block = ends_of(program, graph), whole(graph)
-    held = load(view, dict.fromkeys(str(node.target) for node in block.parameters))
+    held = view.loaded(dict.fromkeys(str(node.target) for node in block.parameters))
     return Routed(view, piece_of(block, view, ends.routers.values(), held), ends)
 
 

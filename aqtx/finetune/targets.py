@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.work_size import stream_bytes
-from aqtx.finetune.pieces import Piece, load, piece_of
+from aqtx.finetune.pieces import Piece, piece_of
 from aqtx.finetune.routed import Ends, Outputs, ends_of, router_sites, side
 from aqtx.machine.memory import release_unused
 from aqtx.program.blocks import split_blocks
@@ -59,7 +59,7 @@ def targets_of(program: Program, ids: Tensor, context: Context) -> Iterator[Targ
             stream.write(index, {ends.ids: sequence})
         for piece in context.progress(pieces[:-1], description="unquantized model"):
             _advance(view, piece, stream, ends.routers.values())
-        yield Targets(stream, pieces[-1], ends, load(view, pieces[-1].names), view.device)
+        yield Targets(stream, pieces[-1], ends, view.loaded(pieces[-1].names), view.device)
 
 
 def waiting_bytes(program: Program, num_tokens: int) -> int:
@@ -71,7 +71,7 @@ def waiting_bytes(program: Program, num_tokens: int) -> int:
 @torch.no_grad()
 def _advance(view: Program, piece: Piece, stream: Stream, routers: Iterable[fx.Node]) -> None:
     """All sequences through one piece; router logits wait in the stream until its end."""
-    weights, kept = load(view, piece.names), {*piece.block.later, *routers}
+    weights, kept = view.loaded(piece.names), {*piece.block.later, *routers}
     for index in range(len(stream)):
         values = stream.read(index, view.device)
         every = {**values, **piece(values, weights)}

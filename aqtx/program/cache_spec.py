@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -16,10 +17,22 @@ class CacheSpec:
     sizes: tuple[int | None, ...]
     dtype: torch.dtype
 
+    def shape(self, batch: int, slots: int) -> tuple[int, ...]:
+        """Of `batch` sequences of up to `slots` tokens."""
+        return batch, *(slots if size is None else size for size in self.sizes)
+
+    def num_bytes(self, batch: int, slots: int) -> int:
+        """Of the same."""
+        return torch.Size(self.shape(batch, slots)).numel() * self.dtype.itemsize
+
     def make(self, batch: int, slots: int, device: torch.device) -> Tensor:
-        """An empty tensor for `batch` sequences of up to `slots` tokens."""
-        sizes = [slots if size is None else size for size in self.sizes]
-        return torch.zeros(batch, *sizes, dtype=self.dtype, device=device)
+        """An empty tensor for them."""
+        return torch.zeros(self.shape(batch, slots), dtype=self.dtype, device=device)
+
+    def make_mapped(self, batch: int, slots: int, file: Path) -> Tensor:
+        """The same in a file that is made; what is written goes there, and only pages in use take memory."""
+        shape = torch.Size(self.shape(batch, slots))
+        return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=self.dtype).view(shape)
 
     def widen(self, part: Tensor, slots: int) -> Tensor:
         """The tensor with so many more slots behind those that it has; a state stays."""

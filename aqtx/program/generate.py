@@ -78,6 +78,22 @@ class Continues(Protocol):
         """New tokens for each prompt, at most `max_new_tokens`; a sequence ends with the token that made it `stop`."""
 
 
+class Writes(Protocol):
+    """What writes whole texts."""
+
+    @property
+    def at_once(self) -> int:
+        """Batches that are best written together."""
+
+    def mean_next(self, first: Tensor) -> Tensor:
+        """The mean distribution [V], float64, of the token that follows first tokens [B, S]."""
+
+    def write_each(
+        self, firsts: Sequence[Tensor], length: int, sampling: Sampling, randoms: Sequence[torch.Generator]
+    ) -> list[Tensor]:
+        """Sequences [B, length] of each batch that go on from first tokens [B, S]; each draws from its own numbers."""
+
+
 def refuse_prompts(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: tuple[int | None, int | None]
 ) -> None:
@@ -103,6 +119,8 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 class Generator:
     """Continues prompts. Hold one for many calls: the step graph is bound to its weights once."""
+
+    at_once = 1
 
     def __init__(self, program: Program) -> None:
         self._device = program.device
@@ -194,6 +212,12 @@ class Generator:
                 logits = self._score(rows.to(self._device))
             total = total + logits[:, -1].double().softmax(-1).sum(0).cpu()
         return total / len(first)
+
+    def write_each(
+        self, firsts: Sequence[Tensor], length: int, sampling: Sampling, randoms: Sequence[torch.Generator]
+    ) -> list[Tensor]:
+        """Sequences [B, length] of each batch that go on from first tokens [B, S]; each draws from its own numbers."""
+        return [self.write(first, length, sampling, random) for first, random in zip(firsts, randoms, strict=True)]
 
     @torch.no_grad()
     def write(self, first: Tensor, length: int, sampling: Sampling, random: torch.Generator) -> Tensor:

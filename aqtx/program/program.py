@@ -117,6 +117,13 @@ class Program:
         """Parameters, a tied head, that a checkpoint does not store: they equal another one and have no codes."""
         return {name for name in self.weights.shared() if name.removesuffix(".weight") not in self.codes}
 
+    def loaded(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters as they stand, packed where they were emitted, and buffers, on the device; not for writing."""
+        names = list(names)
+        found = self.parameters(name for name in names if name in self.weights.specs)
+        found |= {name: self.buffers[name] for name in names if name in self.buffers}
+        return {name: value.to(self.device) for name, value in found.items()}
+
     def module(self, entry: str = "score") -> nn.Module:
         """A runnable module over the program's weights: `ids [B, S] -> logits [B, S, V]`."""
         source = self.entry(entry)

@@ -7,6 +7,7 @@ All of it follows from shapes. A stage holds what the process holds already, and
     backward   the same, with what autograd keeps, a gradient for each of it, and errors of one matrix
     trials     forward, with a changed stream for each trial
     rounding   forward, with moments of as many experts as the limit has room for
+    text       the whole model, or as many of its blocks as fit into a half of the room, and caches of what is written
     training   the whole model with what all its blocks keep of a step, or backward one block at a time; either way what
                trains in float32 with its gradient and moments, and what flows into the original's last block
 
@@ -16,8 +17,17 @@ What waits between two blocks is in memory where it is a small part of the room,
 from dataclasses import dataclass, field
 
 from aqtx.blockwise.block_scores import RESIDENT_SHARE
+from aqtx.blockwise.block_steps import staying
+from aqtx.blockwise.block_writer import CACHE_SHARE, HELD_SHARE
 from aqtx.blockwise.gptq_block import solver_bytes
-from aqtx.blockwise.work_size import activation_bytes, block_bytes, parameter_bytes, stream_bytes, tokens_at_once
+from aqtx.blockwise.work_size import (
+    activation_bytes,
+    block_bytes,
+    cache_bytes,
+    parameter_bytes,
+    stream_bytes,
+    tokens_at_once,
+)
 from aqtx.finetune.chain import WAITING
 from aqtx.finetune.student import MASTER_COPIES, logit_bytes, rows_of, training_bytes
 from aqtx.finetune.targets import SHARE, waiting_bytes
@@ -30,12 +40,19 @@ from aqtx.program.program import Program
 from aqtx.registry import Pass, Walks
 from aqtx.runs.recipe import Recipe
 from aqtx.sensitivity.text_gradients import BACKWARD_SHARE, TOKENS_PER_BATCH
+from aqtx.text.calibration_spec import WRITTEN, CalibrationSpec
+from aqtx.text.own_text import BATCH
+from aqtx.text.self_sampling import BEAMS, PARALLEL
 
 FORWARD_COPIES = 1.2  # of what linears read and write: norms, products, copies in another order
 BACKWARD_COPIES = 6.0  # what autograd keeps of a batch, the gradients, the rows laid aside
 TRAINING_COPIES = 2.5  # the same without rows
 COMPILER = 400_000_000  # Inductor, what it imports and what it makes
 KERNELS = 300_000_000  # libraries, once they compute: compiled kernels that oneDNN keeps, the tokenizer's library
+EBSS_ROWS = PARALLEL * BEAMS**2
+EBSS_COPIES = 1.5  # of its caches: those of the beams, of their candidates, and of what is chosen
+READ_BYTES = 1_000_000_000  # a second, from a disk
+FEW_KERNELS = 100_000_000  # the same where batches are of one shape
 EVALUATED_TOKENS = 200_000  # where a recipe does not say how many
 
 
@@ -68,9 +85,9 @@ class Sizes:
         self.model = parameter_bytes(program, specs)
         self.tokens = tokens_at_once(program, self.blocks)
 
-    def need(self, stage: str, peak: int, disk: int = 0, streams: str = "no") -> Need:
-        """A row; the peak is given beside what is held."""
-        return Need(stage, self.held + KERNELS + peak, disk, streams)
+    def need(self, stage: str, peak: int, disk: int = 0, streams: str = "no", *, kernels: int = KERNELS) -> Need:
+        """A row; the peak is given beside what is held and what libraries take."""
+        return Need(stage, self.held + kernels + peak, disk, streams)
 
     def batch(self, tokens: int, copies: float) -> int:
         """What a block computes on the way for so many tokens."""
@@ -85,6 +102,8 @@ def needs(recipe: Recipe, program: Program) -> list[Need]:
     """The table's rows, in the order of the run."""
     sizes = Sizes(program, resident_bytes(), room_for_work(program.device, recipe.memory_limit))
     passes = [pass_need(sizes, step, recipe) for step in recipe.passes]
+    if any(step.walks()[0] != "matrices" for step in recipe.passes):
+        passes = [*text_needs(sizes, recipe), *passes]
     if recipe.evaluate is None:
         return passes
     packed = min((bits / 16 for step in recipe.passes if (bits := getattr(step, "average_bits", None))), default=1.0)
@@ -118,6 +137,29 @@ def evaluation_need(sizes: Sizes, recipe: Recipe, moment: tuple[str, float]) -> 
     num_bytes = stream_bytes(sizes.program, recipe.evaluate.max_tokens or EVALUATED_TOKENS)
     memory, disk = sizes.waiting(num_bytes, 8)
     return sizes.need(stage, int(sizes.block * share) + work + memory, disk, "one block at a time")
+
+
+def text_needs(sizes: Sizes, recipe: Recipe) -> list[Need]:
+    """Calibration text that the model writes itself, at the first pass that reads it: a row for each such source."""
+    parts = recipe.calibration.parts().items()
+    return [_written_need(sizes, part) for source, part in parts if source in WRITTEN]
+
+
+def _written_need(sizes: Sizes, part: CalibrationSpec) -> Need:
+    """Every token is a walk over the model; `ebss` grows groups of sequences one by one, with caches in memory."""
+    program, own = sizes.program, part.source == "self"
+    stage = "own text" if own else "ebss text"
+    streams = sizes.model > sizes.room // HELD_SHARE
+    rows = (part.num_sequences if streams else min(part.num_sequences, BATCH)) if own else EBSS_ROWS
+    cache = cache_bytes(program, rows * part.sequence_length)
+    if not streams:
+        return sizes.need(stage, sizes.model + int(cache * (1 if own else EBSS_COPIES)), kernels=FEW_KERNELS)
+    memory, disk = sizes.waiting(cache, CACHE_SHARE) if own else (int(EBSS_COPIES * cache), 0)
+    walks = part.sequence_length * (1 if own else -(-part.num_sequences // PARALLEL))
+    held = sum(staying(program, sizes.blocks, sizes.room // HELD_SHARE).values()) if own else 0
+    hours = walks * (sizes.model - held) / READ_BYTES / 3600
+    told = f"one block at a time: {walks:,} walks over {sizes.model / 1e9:.1f} GB, {hours:.1f} h at 1 GB/s"
+    return sizes.need(stage, held + sizes.block + memory, disk, told, kernels=FEW_KERNELS)
 
 
 def pass_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:

@@ -1,12 +1,16 @@
 """What a recipe opens: its model, and the calibration text that passes are lent."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from aqtx.blockwise.block_writer import routes_of, writer_of
 from aqtx.checkpoint.open import open_program
 from aqtx.errors import InputError
 from aqtx.machine.devices import device_of
+from aqtx.machine.memory import room_for_work
+from aqtx.program.generate import Writes
 from aqtx.program.program import Program
 from aqtx.program.token_ids import check_ids, check_length
 from aqtx.registry import Calibration, Context
@@ -65,10 +69,21 @@ def _of_one_source(spec: CalibrationSpec, recipe: Recipe, program: Program, cont
         return Calibration(*calibration_by_domain(spec, tokenizer, recipe.seed, progress=context.progress))
     start = start_tokens(program)
     if spec.source == "self":
-        ids = own_text.calibration(program, spec, recipe.seed, context.work, start=start, progress=context.progress)
+        ids = own_writer(program, spec, context, start).text(context.work, context.progress)
     else:
-        ids = self_sampling.calibration(program, spec, recipe.seed, context.work, start=start)
+        make = partial(routes_of, program, room_for_work(context.device, context.max_memory))
+        ids = self_sampling.calibration(spec, recipe.seed, context.work, make, start=start)
     return Calibration(ids, (str(spec.source),) * len(ids))
+
+
+def own_writer(program: Program, spec: CalibrationSpec, context: Context, start: list[int]) -> own_text.Writer:
+    """What writes a program's own text, one block at a time where the model does not fit."""
+
+    def make() -> Writes:
+        room = room_for_work(context.device, context.max_memory)  # of this rank: either way writes the same text
+        return writer_of(program, room, context.work, context.progress)
+
+    return own_text.Writer(program, spec, context.seed, start, make)
 
 
 def start_tokens(program: Program) -> list[int]:

@@ -20,9 +20,9 @@ from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
 from aqtx.program.program import Program
 from aqtx.registry import Context
+from aqtx.runs.opening import own_writer
 from aqtx.sensitivity.fisher import losses_along
 from aqtx.sensitivity.measured import error_table, measure, requests, values
-from aqtx.text import own_text
 from aqtx.text.calibration_spec import CalibrationSpec
 
 SPEC = CalibrationSpec(source="self", num_sequences=32, sequence_length=128)
@@ -85,7 +85,7 @@ def quick_verdict(program: Program, settings: Settings, context: Context, start:
         raise InputError(f"{len(sites)} of the planned matrices have an alpha: too few to rank")
     fmt = settings.formats[0]
     wanted = requests(sites, [fmt])
-    ids = own_text.calibration(program, SPEC, context.seed, None, start=start, progress=context.progress)
+    ids = own_writer(program, SPEC, context, start).text(None, context.progress)
     measure(program, wanted)
     found = losses_along(program, wanted, ids, context)
     losses = torch.stack([found[site.name][0] for site in sites])  # [sites, sequences]

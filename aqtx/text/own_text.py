@@ -16,97 +16,97 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aqtx.program.generate import Generator, Sampling
+from aqtx.program.generate import Generator, Sampling, Writes
 from aqtx.program.program import Program
 from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.expert_choices import vocabulary_of
 from aqtx.text.tokens import check_room
 
 FILE_NAME = "self.jsonl"
 BATCH = 64  # sequences written side by side
 PROBES = 1024  # first tokens whose continuations tell the frequencies
-Progress = Callable[..., Iterable[int]]
+Progress = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class _Writer:
-    """Writes batches of one calibration text."""
+class Writer:
+    """Writes one calibration text: the same seed gives the same text, whether it was interrupted or not.
+
+    Args:
+        program: the model; one without a cache writes too, at the cost of a pass over the whole text per token.
+        spec: how many sequences, how long, at which temperature, from which first tokens.
+        seed: of everything random.
+        start: what the model's tokenizer puts before every text (`aqtx.text.tokens.start_of`).
+        make: makes what writes, when it is needed; None holds the whole model in memory.
+    """
 
     program: Program
     spec: CalibrationSpec
-    seed: int
-    start: tuple[int, ...]  # what the tokenizer puts before every text
+    seed: int = 0
+    start: Sequence[int] = ()
+    make: Callable[[], Writes] | None = None
 
-    def first_tokens(self, generator: Generator) -> Tensor:
+    def text(self, folder: Path | None, progress: Progress | None = None) -> Tensor:
+        """Calibration ids [num_sequences, sequence_length].
+
+        Args:
+            folder: batches are kept here, and the whole as `self.jsonl`, which later runs read as a text source.
+            progress: wraps the batches.
+        """
+        check_room(self.spec, [*self.start, 0])
+        if folder is None:
+            return self._written(None, progress)
+        whole = folder / FILE_NAME
+        if not whole.exists():
+            _write(self._written(folder, progress), whole)
+            for part in folder.glob("self-*.jsonl"):
+                part.unlink()
+        return _read(whole)
+
+    def first_tokens(self, writes: Writes) -> Tensor:
         """The first token of each sequence [num_sequences], behind `start`."""
         random = torch.Generator().manual_seed(self.seed)
-        vocabulary = self._vocabulary()
+        vocabulary = vocabulary_of(self.program, "score")
         rounds = -(-self.spec.num_sequences // vocabulary)
         uniform = torch.cat([torch.randperm(vocabulary, generator=random) for _ in range(rounds)])
         if self.spec.starts == "uniform":
             return uniform[: self.spec.num_sequences]
         probes = torch.randperm(vocabulary, generator=random)[:PROBES]
-        shares = generator.mean_next(self._behind_start(probes))
+        shares = writes.mean_next(self._behind_start(probes))
         return shares.multinomial(self.spec.num_sequences, replacement=True, generator=random)
 
-    def batch(self, generator: Generator, index: int, first: Tensor) -> Tensor:
-        """Sequences [B, length] of one batch; they depend on the seed and its index alone."""
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+    def _written(self, folder: Path | None, progress: Progress | None) -> Tensor:
+        """All batches, those that are missing in the folder written now."""
+        batches = range(-(-self.spec.num_sequences // BATCH))
+        files = {index: None if folder is None else folder / f"self-{index}.jsonl" for index in batches}
+        parts = {index: _read(file) for index, file in files.items() if file is not None and file.exists()}
+        missing = [index for index in files if index not in parts]
+        if missing:
+            writes = Generator(self.program) if self.make is None else self.make()
+            first, size = self.first_tokens(writes), min(writes.at_once, len(missing))
+            groups = [missing[start : start + size] for start in range(0, len(missing), size)]
+            for group in progress(groups, description="own text") if progress is not None else groups:
+                for index, ids in zip(group, self._batches(writes, first, group), strict=True):
+                    parts[index], file = ids, files[index]
+                    if file is not None:
+                        _write(ids, file)
+        return torch.cat([parts[index] for index in sorted(parts)])
+
+    def _batches(self, writes: Writes, first: Tensor, group: Sequence[int]) -> list[Tensor]:
+        """Sequences [B, length] of some batches; they depend on the seed and the batch's index alone."""
+        firsts = [self._behind_start(first[index * BATCH :][:BATCH]) for index in group]
+        randoms = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in group]
         sampling = Sampling(temperature=self.spec.temperature)
-        return generator.write(self._behind_start(first), self.spec.sequence_length, sampling, random)
+        return writes.write_each(firsts, self.spec.sequence_length, sampling, randoms)
 
     def _behind_start(self, tokens: Tensor) -> Tensor:
         start = torch.tensor(self.start, dtype=torch.long).expand(len(tokens), -1)
         return torch.cat([start, tokens.unsqueeze(-1)], dim=1)
-
-    def _vocabulary(self) -> int:
-        return int(self.program.entry("score").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
-
-
-def calibration(
-    program: Program,
-    spec: CalibrationSpec,
-    seed: int,
-    folder: Path | None,
-    *,
-    start: Sequence[int] = (),
-    progress: Progress | None = None,
-) -> Tensor:
-    """Calibration ids [num_sequences, sequence_length], written by the model.
-
-    Args:
-        program: the model; one without a cache writes too, at the cost of a pass over the whole text per token.
-        spec: how many sequences, how long, at which temperature, from which first tokens.
-        seed: the same seed gives the same text, whether the run was interrupted or not.
-        folder: batches are kept here, and the whole as `self.jsonl`, which later runs read as a text source.
-        start: what the model's tokenizer puts before every text (`aqtx.text.tokens.start_of`).
-        progress: wraps the batches.
-    """
-    check_room(spec, [*start, 0])
-    whole = None if folder is None else folder / FILE_NAME
-    if whole is not None and whole.exists():
-        return _read(whole)
-    writer, generator = _Writer(program, spec, seed, tuple(start)), Generator(program)
-    parts, batches = [], range(-(-spec.num_sequences // BATCH))
-    for index in progress(batches, description="own text") if progress is not None else batches:
-        part = None if folder is None else folder / f"self-{index}.jsonl"
-        if part is None or not part.exists():
-            first = writer.first_tokens(generator)[index * BATCH :][:BATCH]
-            ids = writer.batch(generator, index, first)
-            if part is not None:
-                _write(ids, part)
-        else:
-            ids = _read(part)
-        parts.append(ids)
-    ids = torch.cat(parts)
-    if whole is not None and folder is not None:
-        _write(ids, whole)
-        for part in folder.glob("self-*.jsonl"):
-            part.unlink()
-    return ids
 
 
 def _write(ids: Tensor, file: Path) -> None:

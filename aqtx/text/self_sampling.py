@@ -16,20 +16,17 @@ buys balance (benchmarks/calibration.py).
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from aqtx.errors import InputError
-from aqtx.program.generate import Generator
 from aqtx.program.program import Program
-from aqtx.program.site import GROUPED_LINEAR
 from aqtx.text.calibration_spec import CalibrationSpec
+from aqtx.text.expert_choices import Routed, Routes
 from aqtx.text.tokens import check_room
 
 BEAMS = 4
@@ -37,7 +34,6 @@ TAU = 1.2
 PARALLEL = 8
 SLOTS = 32  # the cache grows by so many places, since attention reads it whole
 FILE_NAME = "ebss.jsonl"
-_TOPK = torch.ops.aten.topk.default
 
 
 @dataclass(frozen=True)
@@ -68,55 +64,6 @@ def deviation(usage: Tensor) -> Tensor:
     return (usage / usage.sum(-1, keepdim=True).clamp_min(1)).std(-1, unbiased=False).mean(-1)
 
 
-class Routed(fx.Interpreter):
-    """Runs a graph and notes which experts each token was sent to."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self._choices = routing_nodes(module.graph)
-        if not self._choices:
-            raise InputError("calibration source ebss: the model has no experts to balance")
-        self.chosen: list[Tensor] = []
-
-    @property
-    def num_experts(self) -> list[int]:
-        """Of each layer."""
-        return list(self._choices.values())
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Note the chosen experts on the way."""
-        value = super().run_node(n)
-        if n in self._choices:
-            self.chosen.append(value)
-        return value
-
-    def usage(self, num_rows: int) -> Tensor:
-        """Counts [rows, L, E] of the last run, for inputs of `num_rows` sequences."""
-        width = max(self.num_experts)
-        counts = [F.one_hot(one.view(num_rows, -1), width).sum(1) for one in self.chosen]
-        self.chosen = []
-        return torch.stack(counts, 1).float()
-
-
-def routing_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The node of each mixture that holds the chosen experts [T, k], and the number of its experts."""
-    found: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target is not GROUPED_LINEAR:
-            continue
-        queue, seen = [node.args[2]], set()
-        while queue:  # breadth first: the nearest top-k is the one that decides
-            at = queue.pop(0)
-            if at.op == "call_function" and any(source.target is _TOPK for source in at.all_input_nodes):
-                if at.args[1:] == (1,):
-                    found.setdefault(at, int(node.args[1].meta["val"].shape[0]))
-                    break
-                continue
-            queue += [source for source in at.all_input_nodes if source not in seen]
-            seen.update(at.all_input_nodes)
-    return found
-
-
 @dataclass
 class _Beams:
     """State of G groups of W beams, in rows g * W + w."""
@@ -131,15 +78,10 @@ class _Beams:
 class Sampler:
     """Grows groups of sequences through the `step` entry."""
 
-    def __init__(self, program: Program, seed: int, tau: float = TAU, start: Sequence[int] = ()) -> None:
-        module = program.module("step")
-        assert isinstance(module, fx.GraphModule)
-        self._routed = Routed(module)
-        self._generator = Generator(program)
-        self._device = program.device
-        vocabulary = int(program.entry("step").graph.output_node().all_input_nodes[0].meta["val"].shape[-1])
+    def __init__(self, routed: Routes, seed: int, tau: float = TAU, start: Sequence[int] = ()) -> None:
+        self._routed = routed
         self._random = torch.Generator().manual_seed(seed)
-        self._first = itertools.cycle(torch.randperm(vocabulary, generator=self._random).tolist())
+        self._first = itertools.cycle(torch.randperm(routed.num_tokens, generator=self._random).tolist())
         self._tau, self._start = tau, list(start)
 
     @torch.no_grad()
@@ -155,7 +97,7 @@ class Sampler:
     def _open(self, ids: Tensor) -> _Beams:
         """Beams that have read their first tokens [G, W, length]."""
         shape = ids.shape[:2]
-        cache = self._generator.make_cache(shape.numel(), SLOTS)
+        cache = [spec.make(shape.numel(), SLOTS, self._routed.device) for spec in self._routed.caches]
         usage = torch.zeros(())
         for place, tokens in enumerate(ids.flatten(0, 1).split(1, -1)):
             cache = self._with_room(cache, place)
@@ -193,19 +135,20 @@ class Sampler:
 
     def _with_room(self, cache: list[Tensor], place: int) -> list[Tensor]:
         """A cache that has a slot `place`."""
-        enough = place < self._generator.num_slots(cache)
-        return cache if enough else self._generator.widen_cache(cache, SLOTS)
+        specs = self._routed.caches
+        have = next(slots for part, spec in zip(cache, specs, strict=True) if (slots := spec.slots(part)) is not None)
+        return cache if place < have else [spec.widen(part, SLOTS) for part, spec in zip(cache, specs, strict=True)]
 
     def _read(self, ids: Tensor, place: int, cache: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Next-token logits [rows, V] and expert counts [rows, L, E] of one token a row."""
-        places = torch.tensor([place], device=self._device)
-        start = torch.zeros(len(ids), dtype=torch.long, device=self._device)
-        logits = self._routed.run(ids.to(self._device), places, start, *cache)
-        return logits[:, -1].float().cpu(), self._routed.usage(len(ids)).cpu()
+        places = torch.tensor([place], device=self._routed.device)
+        start = torch.zeros(len(ids), dtype=torch.long, device=self._routed.device)
+        logits, usage = self._routed.read(ids.to(self._routed.device), places, start, *cache)
+        return logits[:, -1].float().cpu(), usage.cpu()
 
 
 def sample(
-    program: Program,
+    routed: Routes,
     *,
     num_sequences: int,
     length: int,
@@ -213,12 +156,8 @@ def sample(
     tau: float = TAU,
     start: Sequence[int] = (),
 ) -> Sampled:
-    """Sequences of tokens that the model finds likely and that load its experts evenly, each behind `start`.
-
-    Raises:
-        InputError: the model has no experts or cannot generate.
-    """
-    sampler = Sampler(program, seed, tau, start)
+    """Sequences of tokens that the model finds likely and that load its experts evenly, each behind `start`."""
+    sampler = Sampler(routed, seed, tau, start)
     parts: list[Tensor] = []
     usage: Tensor | None = None
     for done in range(0, num_sequences, PARALLEL):
@@ -232,29 +171,27 @@ def sample(
 @torch.no_grad()
 def usage_of(program: Program, ids: Tensor) -> Tensor:
     """Tokens [L, E] that each expert gets from given sequences, to compare with."""
-    module = program.module("score")
-    assert isinstance(module, fx.GraphModule)
-    routed = Routed(module)
-    counts = []
-    for batch in ids.split(8):
-        routed.run(batch.to(program.device))
-        counts.append(routed.usage(1)[0])
-    return torch.stack(counts).sum(0).cpu()
+    routed = Routed(program, "score")
+    return torch.stack([routed.read(batch)[1].sum(0) for batch in ids.to(program.device).split(8)]).sum(0).cpu()
 
 
 def calibration(
-    program: Program, spec: CalibrationSpec, seed: int, folder: Path | None, *, start: Sequence[int] = ()
+    spec: CalibrationSpec, seed: int, folder: Path | None, make: Callable[[], Routes], *, start: Sequence[int] = ()
 ) -> Tensor:
     """Calibration ids [num_sequences, sequence_length], sampled once: kept in a folder for a resumed run.
 
-    `start` is what the model's tokenizer puts before every text (`aqtx.text.tokens.start_of`).
+    `make` opens the model where there is something to sample; `start` is what its tokenizer puts before every text
+    (`aqtx.text.tokens.start_of`).
+
+    Raises:
+        InputError: the model has no experts or cannot generate.
     """
     check_room(spec, start)
     file = None if folder is None else folder / FILE_NAME
     if file is not None and file.exists():
         return torch.tensor([json.loads(line)["ids"] for line in file.read_text().splitlines()])
     sampled = sample(
-        program,
+        make(),
         num_sequences=spec.num_sequences,
         length=spec.sequence_length,
         seed=seed,
