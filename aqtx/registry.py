@@ -160,6 +160,10 @@ class Pass:
         """
         return "matrices", None
 
+    def compiles(self, num_tokens: int) -> bool:
+        """Whether the pass compiles a model that fits, for so many tokens of calibration text."""
+        return False
+
     def validate(self) -> list[str]:
         """Problems of the pass's own field values, as sentences; no program is needed."""
         return []

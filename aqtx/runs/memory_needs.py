@@ -32,7 +32,6 @@ from aqtx.finetune.chain import WAITING
 from aqtx.finetune.student import MASTER_COPIES, logit_bytes, rows_of, training_bytes
 from aqtx.finetune.targets import SHARE, waiting_bytes
 from aqtx.machine.memory import resident_bytes, room_for_work
-from aqtx.passes.distill import Distill
 from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
 from aqtx.program.blocks import split_blocks
@@ -200,7 +199,7 @@ def _training_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
     memory, disk = sizes.waiting(waiting_bytes(program, recipe.calibration.num_tokens), SHARE)
     whole = training_bytes(program, batch[0] * length)
     if whole + trained <= sizes.room - memory:
-        compiler = COMPILER if isinstance(step, Distill) and step.compiles(recipe.calibration.num_tokens) else 0
+        compiler = COMPILER if step.compiles(recipe.calibration.num_tokens) else 0
         return sizes.need(step.name, max(whole, sizes.block) + trained + memory + compiler, disk)
     rows = rows_of(program, batch) * length
     flowing = max(len(sizes.blocks) * stream_bytes(program, batch[0] * length), WAITING)
