@@ -95,6 +95,35 @@ def test_experts_of_other_families_load_bit_for_bit(family: str, tmp_path: Path)
     assert assert_same_parameters(folder, loaded(tmp_path / "out")) == len(aqtx.load(folder).weights.names())
 
 
+def test_rows_of_one_group_or_shorter_load_bit_for_bit(tmp_path: Path) -> None:
+    """A whole row under one scale: told as a group where it is exactly one, else as a row."""
+    oracle("llama", hidden_size=64, intermediate_size=32, num_hidden_layers=1).to(torch.bfloat16).save_pretrained(
+        tmp_path / "source"
+    )
+    formats = {"*.[qkv]_proj": "int4_g64", "*.o_proj": "int8", "*.gate_proj": "int5", "*.down_proj": "int3_g64"}
+    folder = quantized(tmp_path / "source", tmp_path / "q", formats)
+    export(folder, "compressed-tensors", tmp_path / "out")
+    groups = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    told = {group["weights"]["num_bits"]: group["weights"].get("group_size") for group in groups}
+    assert told == {4: 64, 8: None, 5: None, 3: None}
+    assert assert_same_parameters(folder, loaded(tmp_path / "out")) == 9 + 3
+
+
+def test_experts_have_one_scheme_whatever_the_length_of_their_rows(tmp_path: Path) -> None:
+    """Rows of 64 and 32 in groups of 32 are one scheme; in groups of 64, which one row is short of, there is none."""
+    oracle("mixtral", hidden_size=64, intermediate_size=32).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    folder = quantized(tmp_path / "source", tmp_path / "q", {"*.experts.*": "int4_g32"})
+    assert export(folder, "compressed-tensors", tmp_path / "out").clients == ("vllm", "transformers")
+    [group] = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    assert group["weights"]["group_size"] == 32
+    assert assert_same_parameters(folder, loaded(tmp_path / "out")) == len(aqtx.load(folder).weights.names())
+    short = quantized(tmp_path / "source", tmp_path / "short", {"*.experts.*": "int4_g64"})
+    with pytest.raises(InputError) as refused:
+        export(short, "compressed-tensors", tmp_path / "short_out")
+    for client, told in zip(("vllm", "transformers"), refused.value.problems, strict=True):
+        assert re.search(f"{client} has no form for int4_g64 in rows of 32 .*w2; the nearest .* is int4_g32", told)
+
+
 def test_inputs_rounded_to_int8_become_w8a8(tmp_path: Path) -> None:
     oracle("llama", **WIDE | {"num_hidden_layers": 1}).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     folder = quantized(tmp_path / "source", tmp_path / "q", {"*_proj": "int8_row"}, aq="int8_row")

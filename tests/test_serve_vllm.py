@@ -23,6 +23,7 @@ LAYERS = {"*.0.*.experts.*": "int4_g32", "*.2.*.experts.*": "int4_g64", "*.3.*.e
 CASES = {
     "experts_g32": ({"*.experts.*": "int4_g32"}, {}, False),  # its only CPU kernel for experts rounds inputs to 8 bits
     "experts_g64": ({"*.experts.*": "int4_g64"}, {}, False),
+    "experts_rows_of_one_group": ({"*.experts.*": "int4"}, {}, False),  # of 128, which is a row of the third matrix
     "layers_differ": (LAYERS, {}, False),
     "dense_int4": ({"*.self_attn.*": "int4_g32"}, {}, True),
     "w8a8_experts": ({"*.experts.*": "int8_row"}, {"aq": "int8_row"}, False),

@@ -24,10 +24,17 @@ def _is_expert(site: str) -> bool:
     return ".experts." in site
 
 
+def _short_rows(client: str, fmt: Format, matrix: Matrix) -> str | None:
+    """Experts whose row is no whole group: told as one scale a row, unlike the longer rows beside them."""
+    if fmt.block is not None and matrix.columns < fmt.block and _is_expert(matrix.site):
+        return f"{client} reads all matrices of an expert in groups of one size, longer than its shortest row"
+    return None
+
+
 def _vllm(fmt: Format, matrix: Matrix) -> str | None:
     if fmt.scale is E8M0 and fmt.element.bits == 6:
         return "vLLM runs no MXFP6"
-    return None
+    return _short_rows("vLLM", fmt, matrix)
 
 
 def _transformers(fmt: Format, matrix: Matrix) -> str | None:
@@ -37,7 +44,7 @@ def _transformers(fmt: Format, matrix: Matrix) -> str | None:
         return "transformers reads the scales of MXFP8 experts in a wrong shape"
     if fmt.asymmetric:
         return "transformers reads the zero points of asymmetric codes in a wrong shape"
-    return None
+    return _short_rows("transformers", fmt, matrix)
 
 
 def _transformers_inputs(site: str, activation: str) -> str | None:

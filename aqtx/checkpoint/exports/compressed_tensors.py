@@ -21,7 +21,7 @@ from aqtx.checkpoint.shards import write_shards
 from aqtx.checkpoint.write import copy_tokenizer
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.packing import to_disk_order
-from aqtx.formats.table import E8M0, NVFP4_SCALE, Format
+from aqtx.formats.table import BF16_SCALE, E8M0, NVFP4_SCALE, Format
 from aqtx.models.config_text import config_text
 from aqtx.models.on_disk import ALWAYS_FUSED
 
@@ -41,7 +41,10 @@ _ROUNDED_INPUTS = {  # (form, activation) -> form and `input_activations`, where
 
 
 def form(fmt: Format, num_columns: int) -> str | None:
-    """The compressor's name for a format on rows of so many weights; only whole blocks have one."""
+    """The compressor's name for a format on rows of so many weights; only whole blocks have one.
+
+    A row shorter than its group has one scale, and is told as a whole row.
+    """
     if num_columns % fmt.block_size(num_columns) or fmt.scale.code_bits:
         return None
     if fmt.scale is E8M0:
@@ -75,7 +78,9 @@ def _scheme(fmt: Format, num_columns: int, activation: str | None) -> dict[str, 
         "dynamic": False,
         "strategy": "channel",
     }
-    if fmt.scale is not NVFP4_SCALE and fmt.block_size(num_columns) == num_columns and fmt.scale is not E8M0:
+    # a row of exactly one group stays a group: vLLM wants one scheme of all matrices of an expert, whatever their rows
+    is_row = fmt.block_size(num_columns) == num_columns and not (kind == "pack-quantized" and fmt.block == num_columns)
+    if fmt.scale is BF16_SCALE and is_row:
         return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": kind}
     weights |= {"strategy": "group", "group_size": fmt.block_size(num_columns)}
     if fmt.scale is E8M0:
