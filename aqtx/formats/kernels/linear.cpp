@@ -1,4 +1,4 @@
-// Products with packed weights: AVX-512 BF16 where the processor has it, portable loops elsewhere.
+// Products with packed weights: AVX-512 BF16 where the processor has it, portable loops elsewhere; see also rounded.cpp.
 #include "packed.h"
 
 #include <algorithm>

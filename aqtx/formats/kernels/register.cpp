@@ -12,6 +12,7 @@
 #include <numeric>
 
 #include "checks.h"
+#include "rounded.h"
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -96,11 +97,15 @@ int64_t grain(const Packed& w) { return std::max<int64_t>(16, (1 << 18) / std::m
 
 // y [M, N] = x [M, K] w^T for few rows, in x's type.
 void few_rows(const Rows& x, const Packed& w, int64_t N, void* y) {
-  const Prepared p = prepare(x, w);
+  Rounded whole;
+  const bool is_rounded = !is_fast(x.type) && x.type != at::kFloat && can_round(w) &&
+                          round_activations(as_floats(x, w.num_columns).data(), x.count, w, 16, whole);
+  const Prepared p = is_rounded ? Prepared{} : prepare(x, w);
   const std::unique_ptr<float[]> scratch(x.type == at::kFloat ? nullptr : new float[x.count * N]);
   float* sums = scratch ? scratch.get() : (float*)y;
   at::parallel_for(0, N, grain(w), [&](int64_t a, int64_t b) {
-    linear_rows(w, p.view, sums, N, a, b);
+    if (is_rounded) rounded_rows(w, whole, sums, N, a, b);
+    else linear_rows(w, p.view, sums, N, a, b);
     for (int64_t m = 0; m < x.count; m++) {
       const float* from = sums + m * N;
       if (x.type == at::kBFloat16) round_to_bf16(from + a, b - a, (uint16_t*)y + m * N + a);
@@ -133,16 +138,20 @@ constexpr int64_t kFewRows = 32, kFewPortable = 8, kPanel = 1 << 19;
 
 bool is_few(const Rows& x) { return x.count <= (is_fast(x.type) ? kFewRows : kFewPortable); }
 
+// What is multiplied after dequantizing: 16 bits where the processor has products of them, else float32, which is faster.
+at::ScalarType dense_type(at::ScalarType type) { return is_fast(type) ? type : at::kFloat; }
+
 Tensor many_rows(const Tensor& x, const Packed& w, int64_t N) {
   const int64_t step = std::max<int64_t>(64, kPanel / std::max<int64_t>(w.num_columns, 1));
-  if (N <= step || !is_fast(x.scalar_type())) return at::linear(x, dequantized(w, N, x.options()));
+  const Tensor rows = x.to(dense_type(x.scalar_type()));
+  if (N <= step) return at::linear(rows, dequantized(w, N, rows.options())).to(x.scalar_type());
   auto shape = x.sizes().vec();
   shape.back() = N;
-  const Tensor y = at::detail::empty_cpu(shape, x.scalar_type()), panel = at::empty({step, w.num_columns}, x.options());
+  const Tensor y = at::detail::empty_cpu(shape, x.scalar_type()), space = at::empty({step, w.num_columns}, rows.options());
   for (int64_t n = 0; n < N; n += step) {
-    const Tensor rows = panel.narrow(0, 0, std::min(step, N - n));
-    dequantize_into(rows, w, n, largest_of(x.scalar_type()));
-    y.narrow(-1, n, rows.size(0)).copy_(at::linear(x, rows));
+    const Tensor panel = space.narrow(0, 0, std::min(step, N - n));
+    dequantize_into(panel, w, n, largest_of(rows.scalar_type()));
+    y.narrow(-1, n, panel.size(0)).copy_(at::linear(rows, panel));
   }
   return y;
 }
@@ -222,8 +231,10 @@ Tensor grouped(const Tensor& x, const Tensor& offsets, at::TensorList parts, at:
     const Rows mine = rows_of(rows, start, end - start);
     if (packed && is_few(mine)) {
       few_rows(mine, w, num_outputs, (char*)out.data_ptr() + start * num_outputs * out.element_size());
+    } else if (packed) {
+      out.narrow(0, start, end - start).copy_(many_rows(rows.narrow(0, start, end - start), w, num_outputs));
     } else {
-      const Tensor weight = packed ? dequantized(w, num_outputs, x.options()) : b->codes.select(0, slot).to(x.scalar_type());
+      const Tensor weight = b->codes.select(0, slot).to(x.scalar_type());
       Tensor target = out.narrow(0, start, end - start);
       at::mm_out(target, rows.narrow(0, start, end - start), weight.t());
     }
