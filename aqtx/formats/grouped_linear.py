@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqtx.machine.half_products import mm
+
 
 def group_bounds(offsets: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, end row) of each expert that has rows; `offsets` [E] are end rows."""
@@ -27,7 +29,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`y[i] = x[i] @ weight[e].T` for rows `i` of expert `e`: x [T, K], weight [E, N, K] -> [T, N]."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert, start, end in group_bounds(offsets):
-        torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
+        mm(x[start:end], weight[expert].t(), out=out[start:end])
     return out
 
 
@@ -41,7 +43,7 @@ def grouped_linear_grad_input(grad: Tensor, weight: Tensor, offsets: Tensor) -> 
     """Gradient of `grouped_linear` for its rows: grad [T, N], weight [E, N, K] -> [T, K]."""
     out = grad.new_empty(grad.shape[0], weight.shape[2])
     for expert, start, end in group_bounds(offsets):
-        torch.mm(grad[start:end], weight[expert], out=out[start:end])
+        mm(grad[start:end], weight[expert], out=out[start:end])
     return out
 
 
@@ -55,7 +57,7 @@ def grouped_linear_grad_weight(grad: Tensor, x: Tensor, offsets: Tensor) -> Tens
     """Gradient of `grouped_linear` for its weight: grad [T, N], x [T, K] -> [E, N, K]."""
     out = grad.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])
     for expert, start, end in group_bounds(offsets):
-        torch.mm(grad[start:end].t(), x[start:end], out=out[expert])
+        mm(grad[start:end].t(), x[start:end], out=out[expert])
     return out
 
 

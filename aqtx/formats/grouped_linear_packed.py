@@ -21,6 +21,7 @@ from aqtx.formats.decode import Bucket
 from aqtx.formats.grouped_linear import group_bounds
 from aqtx.formats.packed_linear import KERNEL_DTYPES
 from aqtx.formats.table import parse
+from aqtx.machine.half_products import mm
 
 _lowering: ContextVar[str] = ContextVar("aqtx_lowering", default="auto")
 
@@ -99,7 +100,7 @@ def grouped_linear_hit(
     for expert, start, end in group_bounds(offsets):
         bucket, index = places[slots[expert]]
         weight = bucket.expert(index).dequantize(x.dtype)[0]
-        torch.mm(x[start:end], weight.t(), out=out[start:end])
+        mm(x[start:end], weight.t(), out=out[start:end])
     return out
 
 

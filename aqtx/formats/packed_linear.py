@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from aqtx.formats import kernel, one_row
+from aqtx.machine.half_products import linear
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -72,4 +73,4 @@ def lower(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     if single and x.dtype in KERNEL_DTYPES and one_row.fits(weight):
         y = one_row.product(x, weight)
         return y if bias is None else y + bias
-    return F.linear(x, weight.dequantize(x.dtype), bias)
+    return linear(x, weight.dequantize(x.dtype), bias)

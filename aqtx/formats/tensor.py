@@ -21,6 +21,7 @@ from aqtx.formats.packing import from_disk_order, pack, to_disk_order, unpack
 from aqtx.formats.scales import Scales
 from aqtx.formats.table import Format, parse
 from aqtx.formats.torchao_base import TorchAOBaseTensor
+from aqtx.machine.half_products import matmul
 
 
 def _source_hash() -> str:
@@ -197,7 +198,7 @@ def _linear(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
 @implements(torch.ops.aqtx.quantized_linear_grad_input.default)
 def _linear_grad_input(func: Any, types: Any, args: Args, kwargs: Named) -> Tensor:
     grad, weight = args
-    return grad @ weight.dequantize(grad.dtype)
+    return matmul(grad, weight.dequantize(grad.dtype))
 
 
 @implements(torch.ops.aqtx.grouped_linear.default)

@@ -26,6 +26,7 @@ from aqtx.machine.files import writing
 from aqtx.program.cache_spec import CacheSpec, of_graph, to_text
 from aqtx.program.hadamard_op import OP as HADAMARD
 from aqtx.program.program import Program
+from aqtx.program.run_ops import traced
 from aqtx.program.token_ids import num_positions, num_tokens
 from aqtx.version import __version__
 
@@ -47,6 +48,8 @@ def compile_entry(program: Program, entry: str, file: Path, told: Mapping[str, s
         InputError: the model has no such entry, holds an op that only Python knows, or there is no C++ compiler.
     """
     module = cast(fx.GraphModule, program.module(entry))
+    for node in module.graph.nodes:
+        node.target = traced(node.target)
     _lower_plain_experts(module, program.device)
     _lower_attention(module, program.device)
     _refuse_python(module, program.device)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from aqtx.errors import InputError
 from aqtx.program.roles import layer_of
+from aqtx.program.run_ops import runnable
 from aqtx.program.site import weight_node
 
 Values = dict[fx.Node, Any]
@@ -135,7 +136,7 @@ def evaluate(
         if visit is not None:
             replaced = visit(node, arguments)
             arguments = arguments if replaced is None else replaced
-        value = node.target(*arguments, **keywords)  # type: ignore[operator]
+        value = runnable(node.target)(*arguments, **keywords)
         del arguments, keywords
         if getattr(value, "dtype", None) is torch.float16:
             _refuse_overflow(node, value)

@@ -14,6 +14,7 @@ from aqtx.program.codes import CodeStore
 from aqtx.program.edits import Edit, by_weight, replay
 from aqtx.program.plan import Plan
 from aqtx.program.roles_by_use import roles_of
+from aqtx.program.run_ops import runnable
 from aqtx.program.site import Site, sites_of
 from aqtx.program.weights import WeightStore
 
@@ -155,6 +156,7 @@ def bind(
     for name, value in buffers.items():
         _assign(root, name, value.to(device))
     for node in graph.nodes:
+        node.target = runnable(node.target)
         node.args = fx.node.map_aggregate(node.args, lambda value: device if isinstance(value, torch.device) else value)
         node.kwargs = {key: device if isinstance(value, torch.device) else value for key, value in node.kwargs.items()}
     bound = fx.GraphModule(root, graph)
