@@ -1,7 +1,8 @@
 """transformers' causal language models without their weights, in a form that traces canonically.
 
 Parameters are on meta, buffers are real (rotary frequencies are in no checkpoint), experts are
-split (`experts.py`), norms are one op each (`norms.py`), and `forward(ids) -> logits`.
+split (`experts.py`), norms are one op each (`norms.py`), LongRoPE is arithmetic (`long_rope.py`), and
+`forward(ids) -> logits`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aqtx.checkpoint.huggingface import experts
+from aqtx.checkpoint.huggingface.long_rope import traceable_long_rope
 from aqtx.checkpoint.huggingface.norms import canonical_norms
 from aqtx.errors import InputError, malformed
 
@@ -56,6 +58,7 @@ def canonicalize(model: nn.Module) -> nn.Module:
     for module in fused:
         experts.split(module)
     canonical_norms(model)
+    traceable_long_rope(model)
     for module in model.modules():
         for name in module._buffers.keys() - module._non_persistent_buffers_set:
             store_as_parameter(module, name)
