@@ -50,7 +50,7 @@ def quantize(weight: np.ndarray, kind: str, importance: np.ndarray | None) -> np
 class Model:
     """A GGUF file in llama.cpp on one thread."""
 
-    def __init__(self, file: Path, length: int = 512) -> None:
+    def __init__(self, file: Path, length: int = 512, vocab_only: bool = False) -> None:
         import cffi
 
         declared = (_folder("llama_cpp_py_sync") / "_cffi_bindings.py").read_text()
@@ -62,7 +62,9 @@ class Model:
         self._quiet = self.ffi.callback("void(int, const char*, void*)", lambda level, text, data: None)
         self.lib.llama_log_set(self.ffi.cast("ggml_log_callback", self._quiet), self.ffi.NULL)
         self.lib.llama_backend_init()
-        self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
+        loading = self.lib.llama_model_default_params()
+        loading.vocab_only = vocab_only
+        self.model = self.lib.llama_model_load_from_file(str(file).encode(), loading)
         assert self.model != self.ffi.NULL, f"llama.cpp does not load {file}"
         settings = self.lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = length
@@ -94,9 +96,9 @@ class Model:
             made.append(int(self.logits([*ids, *made])[-1].argmax()))
         return made
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens before or behind it."""
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text, with or without the special tokens before and behind it."""
         data = text.encode()
         out = self.ffi.new("int32_t[]", len(data) + 8)
-        count = self.lib.llama_tokenize(self.vocabulary, data, len(data), out, len(data) + 8, False, True)
+        count = self.lib.llama_tokenize(self.vocabulary, data, len(data), out, len(data) + 8, special, True)
         return list(out[0:count])

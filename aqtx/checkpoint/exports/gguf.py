@@ -22,7 +22,7 @@ from aqtx.checkpoint.exports.gguf_metadata import (
 )
 from aqtx.checkpoint.exports.gguf_reader import GgufReader
 from aqtx.checkpoint.exports.gguf_tensors import Entry, data_of, entries, outer_scales, rope_factors, value_of
-from aqtx.checkpoint.exports.gguf_tokenizer import tokenizer_problems
+from aqtx.checkpoint.exports.gguf_tokenizer import tokenizer_notes, tokenizer_problems
 from aqtx.checkpoint.exports.gguf_types import kind_of
 from aqtx.checkpoint.exports.target import Job, Target
 from aqtx.formats import QuantizedTensor
@@ -46,7 +46,8 @@ def check(job: Job) -> list[str]:
     """What llama.cpp would not compute or could not be told."""
     if job.template is not None:
         return template_problems(job.program.config, job.template)
-    return [*config_problems(job.program.config), *tokenizer_problems(job.program.folder)]
+    config, folder = job.program.config, job.program.folder
+    return [*config_problems(config), *tokenizer_problems(folder, config.get("vocab_size"))]
 
 
 def write(job: Job) -> list[str]:
@@ -82,13 +83,13 @@ def write(job: Job) -> list[str]:
 
 
 def _notes(job: Job, tensors: list[Entry], rounded: int) -> list[str]:
-    told = []
+    told, program = [], job.program
     if rounded:
         told.append(f"{rounded:,} scales or minima have no exact half-precision value and were rounded to the nearest")
     if job.activations():
         told.append("llama.cpp rounds inputs in its own way; the plan's activation formats are left out")
-    window = job.program.config.get("sliding_window")
-    family = family_of(job.program.config, job.template)
+    window = program.config.get("sliding_window")
+    family = family_of(program.config, job.template)
     if window and family.arch == "llama":
         told.append(f"llama.cpp's llama has no sliding window: beyond {window} tokens it attends to all")
     turned = [
@@ -98,8 +99,10 @@ def _notes(job: Job, tensors: list[Entry], rounded: int) -> list[str]:
         told.append(
             f"llama.cpp wants {len(turned)} matrices turned, first {turned[0]}, so that a part of each is in float32"
         )
-    if job.program.config.get("model_type") in FAMILIES:
-        told += family.notes(parsed(job.program.config))
+    if program.config.get("model_type") in FAMILIES:
+        told += family.notes(parsed(program.config))
+    if job.template is None and program.folder is not None:
+        told += tokenizer_notes(program.folder)
     return told
 
 
