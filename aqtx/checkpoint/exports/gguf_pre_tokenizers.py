@@ -48,6 +48,10 @@ _SPLITS: dict[tuple[str, ...], tuple[Words, ...]] = {
     _DEEPSEEK: (Words("deepseek-v3"),),
 }
 
+_GPT2: tuple[Words, ...] = (Words("gpt-2"),)
+_DIGITS: tuple[Words, ...] = (Words("smollm"),)
+_EACH_DIGIT = {"type": "Digits", "individual_digits": True}
+
 
 def words_of(told: dict[str, Any]) -> Words | None:
     """How a tokenizer.json cuts text into words, None where llama.cpp has no name for it."""
@@ -56,15 +60,12 @@ def words_of(told: dict[str, Any]) -> Words | None:
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     if last.get("use_regex", True):
-        names = (Words("gpt-2"),) if not steps else (Words("smollm"),) if steps in _DIGITS else ()
+        names = _GPT2 if not steps else _DIGITS if steps == [_EACH_DIGIT] else ()
     else:
         names = _SPLITS.get(tuple(_expression(step) for step in steps), ())
     wanted = bool(told["model"].get("ignore_merges"))
     found = next((words for words in names if words.whole is wanted), None)
     return found or next((words for words in names if not _matters(told)), None)
-
-
-_DIGITS = ([{"type": "Digits", "individual_digits": True}],)
 
 
 def _expression(step: dict[str, Any]) -> str:
