@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """The same with a gain of 1 + weight, as Gemma stores it."""
+    """The same with a gain of 1 + weight, as Gemma stores it; in float32, where 1 + weight loses no digits."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps)
@@ -35,7 +35,7 @@ class OffsetRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> the same shape."""
-        return F.rms_norm(x, self.weight.shape, self.weight + 1, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + 1, self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

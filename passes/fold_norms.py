@@ -10,7 +10,7 @@ from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.program.weight_changes import Scale
 from aqtx.registry import Changes, Context, Pass, Refusal, register
-from aqtx.rotation.residual_stream import NORM, Gain, gain_of, readers
+from aqtx.rotation.residual_stream import NORM, Gain, before_cast, gain_of, readers
 from aqtx.rotation.row_ops import Unproven, aten, weight_name
 from aqtx.rotation.select import check_plain, input_rotation
 
@@ -92,7 +92,7 @@ def norm_name(node: fx.Node) -> str:
 
 def sources(gain: fx.Node) -> list[fx.Node]:
     """The parameters that a gain is computed from."""
-    return [node for node in (gain, *gain.all_input_nodes) if node.op == "get_attr"]
+    return [node for node in (gain, *map(before_cast, gain.all_input_nodes)) if node.op == "get_attr"]
 
 
 def _refuse_shared(plan: dict[Gain, list[str]], changes: Changes) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from aqtx.checkpoint.huggingface.norms import shifted
 from aqtx.errors import InputError
 from aqtx.models import build
+from aqtx.models.layers import OffsetRMSNorm
 from tests.model_cases import CASES, SMALL, oracle, ours, token_ids
 
 # Of the largest fp32 logit, which is 1 to 4: both sides sum at most a few hundred products in another order.
@@ -61,3 +63,18 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(InputError) as caught:
         build({"model_type": "llama", **SMALL, "hidden_act": "gelu", "vocab_size": "many"})
     assert len(caught.value.problems) == 2
+
+
+def test_gains_stored_less_one_lose_no_digits_in_bfloat16() -> None:
+    """transformers multiplies in float32 by 1 + the gain; rounded to bfloat16, 1 + the gain keeps 8 bits of it."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    generator = torch.Generator().manual_seed(0)
+    theirs, own = Gemma3RMSNorm(256).bfloat16(), OffsetRMSNorm(256, 1e-6).bfloat16()
+    gain = (0.3 * torch.randn(256, generator=generator)).bfloat16()
+    x = (3 * torch.randn(64, 256, generator=generator)).bfloat16()
+    theirs.weight.data = own.weight.data = gain
+    with torch.no_grad():
+        assert torch.equal(own(x), theirs(x))
+        assert torch.equal(shifted(x, gain, 1e-6), theirs(x))
+        assert not torch.equal(torch.nn.functional.rms_norm(x, gain.shape, gain + 1, 1e-6), theirs(x))

@@ -22,6 +22,7 @@ from aqtx.rotation.row_ops import (
 )
 
 NORM = aten.rms_norm.default
+CASTS = (aten.to.dtype, aten._to_copy.default)
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
@@ -142,7 +143,15 @@ def gain_of(norm: fx.Node) -> Gain | None:
     if found.op == "get_attr":
         return Gain(found, 0.0)
     if found.target is aten.add.Tensor and len(found.args) == 2 and len(found.users) == 1:
-        parameter, number = found.args
+        value, number = found.args
+        parameter = before_cast(value) if isinstance(value, fx.Node) else value
         if isinstance(parameter, fx.Node) and parameter.op == "get_attr" and isinstance(number, int | float):
             return Gain(parameter, float(number))
     raise Unproven(f"the gain of {norm.name} is computed ({described(found)})")
+
+
+def before_cast(node: fx.Node) -> fx.Node:
+    """What a cast that nothing else reads was made of; the node itself where it is none."""
+    source = node.args[0] if node.target in CASTS and len(node.users) == 1 else node
+    assert isinstance(source, fx.Node)
+    return source

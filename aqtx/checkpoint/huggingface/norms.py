@@ -21,8 +21,8 @@ def plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def shifted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gemma's: the gain is stored less one."""
-    return F.rms_norm(x, weight.shape, weight + 1, eps)
+    """Gemma's: the gain is stored less one, and the product is float32's."""
+    return F.rms_norm(x.float(), weight.shape, weight.float() + 1, eps).to(x.dtype)
 
 
 def canonical_norms(model: nn.Module) -> int:
