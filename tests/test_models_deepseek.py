@@ -126,7 +126,7 @@ def test_logits_equal_the_restatement(settings: dict[str, Any]) -> None:
     with torch.no_grad():
         difference = (model(ids)[0] - expected).abs().max().item()
     assert expected.std() > 0.1
-    assert difference <= 2e-6
+    assert difference <= 4e-6  # float32 against doubles; how sums are ordered differs by processor
 
 
 def test_shared_experts_lie_where_the_hub_has_them() -> None:

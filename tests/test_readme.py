@@ -91,6 +91,7 @@ def test_the_two_one_liners_end_with_what_the_suite_and_the_gate_run():
 
 def skeleton(table: str) -> list[str]:
     """A printed table without its numbers, durations and widths."""
+    table = re.sub(r"\b[MG]B of memory", "MB of memory", table)
     table = re.sub(r"(\d+ (h|min) )*[\d.]+ (s|min)\b", "TIME", table)
     table = re.sub(r"[-+]?\d[\d,.]*", "#", table)
     return [" ".join(line.split()) for line in table.splitlines() if line.strip(" -")]
