@@ -1,12 +1,16 @@
-"""How many compiled kernels oneDNN may keep."""
+"""How many compiled kernels oneDNN may keep, and torch of what describes them."""
 
 import os
 
+_CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN's kernels, of torch's descriptions
+
 
 def keep_few_kernels() -> None:
-    """Hold oneDNN to 128 kernels, unless the environment says a number; it reads it when it computes first.
+    """Hold oneDNN to 128 kernels and torch to as many descriptions, unless the environment says a number.
 
-    It compiles one for every shape and keeps 1024, some hundred MB. Experts see another number of rows in every batch,
-    so few are used again: with 128 the quickstart takes as long.
+    Each is made for every shape, and 1024 are kept, some hundred MB of each: a description takes 0.3 MB, whatever the
+    matrix. Experts see another number of rows in every batch, so few are used again: with 128 the quickstart takes as
+    long. Both are read once, when oneDNN computes first.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    for name in _CAPACITIES:
+        os.environ.setdefault(name, "128")
