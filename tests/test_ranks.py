@@ -15,7 +15,9 @@ import yaml
 
 import aqtx
 from aqtx.checkpoint.locate import locate
+from aqtx.evaluate import task_files
 from aqtx.formats import MixedExperts, QuantizedTensor
+from tests.task_wheel import build_wheel
 from tests.tiny import OLMOE, write_checkpoint
 
 PASSES = [
@@ -30,7 +32,7 @@ EVALUATE = {"perplexity": "builtin", "max_tokens": 3000, "window": 128, "batch_s
 
 def write_recipe(folder: Path, passes: list[Any] = PASSES, **more: Any) -> Path:
     """A recipe over a tiny model that reads the shipped text with the shipped tokenizer."""
-    source = write_checkpoint(folder / "source", OLMOE | {"vocab_size": 4096})
+    source = write_checkpoint(folder / "source", OLMOE | {"vocab_size": 4096, "max_position_embeddings": 1024})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((locate("tinymoe") / name).read_bytes())
     recipe = {"version": 1, "seed": 0, "model": {"source": str(source), "dtype": "float32"}, "passes": passes}
@@ -93,6 +95,26 @@ def test_two_ranks_share_fisher_information_and_evaluation(tmp_path: Path) -> No
     assert one == two
     told = [json.loads((tmp_path / f"out-{ranks}" / "report.json").read_text()) for ranks in (1, 2)]
     assert told[0]["perplexity"] == told[1]["perplexity"] and told[0]["perplexity"]["num_tokens"] > 1000
+
+
+@pytest.mark.slow
+def test_two_ranks_share_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices, which stream under a limit or not, and generated text: every item is answered as one process does."""
+    wheel, folder = build_wheel(tmp_path), tmp_path / "tasks"
+    assert task_files.main([str(wheel), str(folder)]) == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    plan = {"method": "uniform", "candidates": ["mxfp4"], "keep": ["lm_head"]}
+    asked = {"tasks": ["hellaswag", "gsm8k"], "num_fewshot": 0, "include_path": str(folder), "batch_size": 2}
+    recipe = write_recipe(tmp_path, [{"assign_plan": plan}, "quantize", "emit"], evaluate=asked)
+    told = []
+    for ranks in (1, 2):
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / f"cache-{ranks}"))
+        finished(start(ranks, recipe, tmp_path / f"out-{ranks}"))
+        output = tmp_path / f"out-{ranks}"
+        tasks = json.loads((output / "report.json").read_text())["tasks"]
+        told.append((tasks, *((output / "samples" / f"{when}.json").read_text() for when in ("before", "after"))))
+    assert told[0] == told[1]
+    assert {name: entry["num_items"] > 1 for name, entry in told[0][0].items()} == {"hellaswag": True, "gsm8k": True}
 
 
 def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:

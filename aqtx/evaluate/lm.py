@@ -2,7 +2,7 @@
 
 Encoding and truncation follow lm-eval's own `hf` backend, so that the same weights in float32 answer the same: a
 context's trailing spaces move to the continuation, an empty context becomes the start token, what is too long loses its
-left end. Special tokens are those that the tokenizer itself adds.
+left end. Special tokens are those that the tokenizer itself adds. Ranks share the batches, and each gets all answers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from aqtx.blockwise.block_scores import many_with, rows_at_once
+from aqtx.blockwise.block_scores import many_with, ranks_of, rows_at_once
 from aqtx.errors import InputError
 from aqtx.program.generate import Continues
 
@@ -51,7 +51,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.forward, self.tokenizer, self.max_length = forward, tokenizer, max_length
-        self.batch_size = batch_size
+        self.batch_size, self.ranks = batch_size, ranks_of(forward)
         self._make_generator = generator
         self._generator: Continues | None = None
 
@@ -82,14 +82,15 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         by_input: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             by_input.setdefault(tuple((context + continuation)[-(self.max_length + 1) : -1]), []).append(index)
-        answers: list[Answer] = [(0.0, False)] * len(requests)
         inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
-        batches = self._batches(inputs)
-        found = many_with(self.forward)([_padded(batch) for batch in batches])
+        batches = self.ranks.mine(self._batches(inputs))
+        found, own = many_with(self.forward)([_padded(batch) for batch in batches]), dict[int, Answer]()
         for batch in tqdm(batches, desc="log-likelihoods", disable=disable_tqdm, delay=2):
             for ids, scores in zip(batch, _log_probabilities(next(found), batch), strict=True):
-                for index in by_input[ids]:
-                    answers[index] = _answer(scores, requests[index][2])
+                own |= {index: _answer(scores, requests[index][2]) for index in by_input[ids]}
+        next(found, None)  # to its end, where it clears up
+        shared = {index: answer for part in self.ranks.gather(own) for index, answer in part.items()}
+        answers = [shared[index] for index in range(len(requests))]
         for request, answer in zip(requests, answers, strict=True):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], answer)
@@ -128,13 +129,14 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
-        texts = [""] * len(requests)
+        own: dict[int, str] = {}
         batches = [batch for members in groups.values() for batch in _slices(members, self.batch_size)]
-        for batch in tqdm(batches, desc="generation", disable=disable_tqdm, delay=2):
-            for index, text in zip(batch, self._generate([requests[index].args for index in batch]), strict=True):
-                texts[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
-        return texts
+        for batch in tqdm(self.ranks.mine(batches), desc="generation", disable=disable_tqdm, delay=2):
+            own |= zip(batch, self._generate([requests[index].args for index in batch]), strict=True)
+        texts = {index: text for part in self.ranks.gather(own) for index, text in part.items()}
+        for index, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[index])
+        return [texts[index] for index in range(len(requests))]
 
     def _generate(self, batch: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
         kwargs = normalize_gen_kwargs(batch[0][1], _MAX_NEW_TOKENS)

@@ -42,7 +42,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     allow_code: bool = False,
 ) -> dict[str, TaskScores]:
-    """Scores of every task by name, the members of a group each on its own.
+    """Scores of every task by name, the members of a group each on its own; nothing on ranks other than the first.
 
     Args:
         model: an lm-eval model, `aqtx.evaluate.lm.ProgramLM` or lm-eval's own.
@@ -74,7 +74,8 @@ def run_tasks(
         raise InputError(f"the data of {', '.join(tasks)} cannot be fetched: {error}; give --include-path") from error
     finally:
         loggers.setLevel(level)
-    return {name: _scores(name, samples) for name, samples in sorted(results["samples"].items())}
+    samples = {} if results is None else results["samples"]  # lm-eval tells the first rank of a machine alone
+    return {name: _scores(name, rows) for name, rows in sorted(samples.items())}
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:

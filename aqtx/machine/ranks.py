@@ -1,8 +1,8 @@
 """One run on several processes: `torchrun --nproc-per-node N -m aqtx apply ...`.
 
-All ranks run the same passes on the same program. What they share is calibration text, of which each
-runs its own batches, and the solving of a layer's experts, of which each solves some; sums and codes
-are exchanged, so that every rank goes on with the same weights. Rank 0 alone evaluates and writes.
+All ranks run the same passes on the same program. What they share is calibration and evaluation text, of
+which each runs its own batches, and the solving of a layer's experts, of which each solves some; sums and codes
+are exchanged, so that every rank goes on with the same weights. Rank 0 alone writes.
 With one process all of this does nothing.
 """
 
@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process evaluates, writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def mine(self, items: Sequence[Item]) -> Sequence[Item]:

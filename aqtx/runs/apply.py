@@ -166,14 +166,16 @@ class _Runner:
         return self._write_report(data)
 
     def _assist(self) -> Report:
-        """What a rank other than the first does: the passes, and its share of the text's perplexity."""
+        """What a rank other than the first does: the passes, and its share of evaluation."""
         documents = self._documents()
         self._score(documents, "before")
+        self._tasks("before")
         self.ranks.barrier()
         assert self.context.work is not None
         self.context.work.mkdir(parents=True, exist_ok=True)
         self._run_passes()
         self._score(documents, "after")
+        self._tasks("after")
         return Report(self.directory.output, {})
 
     def _fingerprint(self, documents: list[Document] | None) -> dict[str, Any]:
@@ -237,13 +239,14 @@ class _Runner:
         return BlockScorer(self.program, room, context.work, context.progress, self.ranks)
 
     def _tasks(self, moment: str) -> dict[str, TaskScores]:
-        """Scores of the recipe's tasks; every item's log stays in the run's folder."""
+        """Scores of the recipe's tasks, by all ranks; every item's log stays in the run's folder."""
         spec = self.recipe.evaluate
         if spec is None or not spec.tasks:
             return {}
         log = self.directory.staging / "samples" / f"{moment}.json"
         record = self.directory.work / f"tasks-{moment}.json"
-        return score_tasks(self.program, spec, log, self._scorer(), record)
+        scorer = replace(self._scorer(), record=f"tasks-{moment}")
+        return score_tasks(self.program, spec, log, scorer, record)
 
     def _write_report(self, data: dict[str, Any]) -> Report:
         staging = self.directory.staging

@@ -20,14 +20,21 @@ from aqtx.program.program import Program
 def score_tasks(
     program: Program, spec: EvaluateSpec, log: Path, scorer: BlockScorer, record: Path
 ) -> dict[str, TaskScores]:
-    """Scores by task of a program as it stands. `log` keeps every item, and is read instead of a second run.
+    """Scores by task of a program as it stands, by all ranks of the scorer; none on others than the first.
 
-    `record` is a resume point with the log's digest.
+    `log` keeps every item, and is read instead of a second run. `record` is a resume point with the log's digest. Both
+    are the first rank's.
 
     Raises:
         InputError: the log is not what was written.
     """
-    if record.exists():
+    ranks = scorer.ranks
+    done = ranks.gather(record.exists())[0]
+    if not ranks.leads:
+        if not done:
+            run_program_tasks(program, spec, scorer)
+        return {}
+    if done:
         text = log.read_text() if log.is_file() else ""
         if text_digest(text) != read_record(record):
             raise InputError(
