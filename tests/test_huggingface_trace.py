@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import aqtx
+from aqtx.checkpoint.open import open_program
 from aqtx.errors import InputError
 from aqtx.formats import quantize
 from aqtx.passes.assign_plan import AssignPlan
@@ -94,6 +95,17 @@ def test_missing_tensors_are_an_error_not_random_numbers(tmp_path: Path) -> None
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         aqtx.trace(tmp_path)
+
+
+def test_a_config_alone_is_enough_for_a_plan(tmp_path: Path) -> None:
+    foreign("gemma", num_hidden_layers=1).save_pretrained(tmp_path)
+    whole = aqtx.trace(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    alone = open_program(tmp_path, None, config_only=True)
+    assert [site.name for site in alone.sites()] == [site.name for site in whole.sites()]
+    assert alone.weights.specs == whole.weights.specs and alone.weights.tied == whole.weights.tied
+    with pytest.raises(InputError, match=r"only config\.json was opened"):
+        alone.weights.get("model.layers.0.mlp.up_proj.weight")
 
 
 def test_a_type_that_nobody_knows_is_refused(tmp_path: Path) -> None:

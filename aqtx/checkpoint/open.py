@@ -145,9 +145,11 @@ def _open_gguf(file: Path, dtype: torch.dtype | None) -> Program:
 
 def _without_weights(config: dict[str, Any], dtype: torch.dtype | None, folder: Path) -> Program:
     """A Program of a config.json alone; reading a weight is an error."""
-    dtype = dtype or declared_dtype(config, folder)
+    dtype, source = dtype or declared_dtype(config, folder), _NoWeights(folder)
     with malformed(_UNTRACED.format(folder=folder)):
-        return build_program(lambda: build(config), _NoWeights(folder), config=config, dtype=dtype, folder=folder)
+        if not supported(config):
+            return trace_foreign(config, source, dtype, folder)
+        return build_program(lambda: build(config), source, config=config, dtype=dtype, folder=folder)
 
 
 @dataclass(frozen=True)
