@@ -6,6 +6,7 @@ llama.cpp quantizes a BF16 file of the model to each type; LIBRARY is that of `l
 is what its own tool collects, the mean square of each input, on the calibration text that this project uses too. The
 embedding, the head and routers stay as they are in both. The plan then gets the bytes that llama.cpp took.
 All files are decoded by `gguf` and scored alike on 100,000 tokens. Arms that are there are not measured again.
+`--dtype float32` computes everything in float32, which is many times as fast where a processor multiplies no bf16.
 """
 
 import argparse
@@ -63,9 +64,9 @@ class Squares(fx.Interpreter):
         return super().run_node(n)
 
 
-def importance(source: str) -> dict[str, torch.Tensor]:
+def importance(source: str, dtype: str) -> dict[str, torch.Tensor]:
     """Tensor of the file -> mean square of each input [E * K], one for inputs of experts that no token reached."""
-    program = aqtx.trace(source)
+    program = aqtx.trace(source, getattr(torch, dtype))
     seen = Squares(program)
     with torch.no_grad():
         for ids in calibration(CalibrationSpec(**TEXT), load_tokenizer(program.folder), 0).split(8):
@@ -89,10 +90,10 @@ def planned_bytes(file: Path) -> tuple[int, int]:
     return sum(int(tensor.n_bytes) for tensor in matrices), sum(int(tensor.n_elements) for tensor in matrices)
 
 
-def score(file: Path) -> dict[str, Any]:
+def score(file: Path, dtype: str) -> dict[str, Any]:
     """Scores and size of one file, decoded."""
     spec = EvaluateSpec(perplexity="builtin", max_tokens=NUM_TOKENS, window=512)
-    results = evaluate_arms(open_arms([f"arm={file}"]), spec, progress=Context().progress)
+    results = evaluate_arms(open_arms([f"arm={file}"], dtype=getattr(torch, dtype)), spec, progress=Context().progress)
     size, weights = planned_bytes(file)
     types: dict[str, int] = {}
     for tensor in GGUFReader(file).tensors:
@@ -107,25 +108,25 @@ def plain(source: str, out: Path) -> Path:
     return file if file.exists() else export(source, "gguf", file).path
 
 
-def theirs(library: Path, source: str, out: Path, kind: str) -> dict[str, Any]:
+def theirs(library: Path, source: str, out: Path, kind: str, dtype: str) -> dict[str, Any]:
     """llama.cpp's file of a type, scored."""
     file = out / f"llama.cpp-{kind}.gguf"
     if not file.exists():
-        quantize_file(library, plain(source, out), file, kind, importance(source))
-    return score(file)
+        quantize_file(library, plain(source, out), file, kind, importance(source, dtype))
+    return score(file, dtype)
 
 
-def ours(source: str, out: Path, kind: str) -> dict[str, Any]:
+def ours(source: str, out: Path, kind: str, dtype: str) -> dict[str, Any]:
     """A file of no more bytes by this project, scored."""
     size, weights = planned_bytes(out / f"llama.cpp-{kind}.gguf")
     folder, file = out / f"aqtx-{kind}", out / f"aqtx-{kind}.gguf"
     if not file.exists():
         plan = {"method": "fisher", "target": "llama.cpp", "candidates": CANDIDATES, "keep": KEEP}
-        recipe = {"version": 1, "seed": 0, "model": {"source": source, "dtype": "bfloat16"}, "output": str(folder)}
+        recipe = {"version": 1, "seed": 0, "model": {"source": source, "dtype": dtype}, "output": str(folder)}
         passes = [{"assign_plan": {**plan, "average_bits": size * 8 / weights}}, "gptq", "emit"]
         aqtx.apply({**recipe, "calibration": TEXT, "report": False, "passes": passes}, overwrite=True)
         export(folder, "gguf", file)
-    return score(file)
+    return score(file, dtype)
 
 
 def main() -> None:
@@ -135,15 +136,16 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("out", type=Path)
     parser.add_argument("types", nargs="+", metavar="TYPE", help="of llama.cpp, as Q4_K_M")
+    parser.add_argument("--dtype", default="bfloat16", help="in which all is computed")
     arguments = parser.parse_args()
-    source, out = arguments.source, arguments.out
+    source, out, dtype = arguments.source, arguments.out, arguments.dtype
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     arms: dict[str, Any] = {}
     for kind in arguments.types:
-        arms[f"llama.cpp {kind}"] = partial(theirs, arguments.library, source, out, kind)
-        arms[f"aqtx {kind}"] = partial(ours, source, out, kind)
-    found = measured(out / "scores", {**arms, "bf16": lambda: score(plain(source, out))})
+        arms[f"llama.cpp {kind}"] = partial(theirs, arguments.library, source, out, kind, dtype)
+        arms[f"aqtx {kind}"] = partial(ours, source, out, kind, dtype)
+    found = measured(out / "scores", {**arms, "bf16": lambda: score(plain(source, out), dtype)})
     scores = {name: DocumentScores.from_json(arm["scores"]) for name, arm in found.items()}
     for name, arm in found.items():
         change = paired_change(scores["bf16"], scores[name])
