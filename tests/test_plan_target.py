@@ -55,6 +55,26 @@ def test_what_a_target_forbids_is_told_before_anything_is_measured(keys: dict, s
     assert re.search(says, " ".join(problems)), problems
 
 
+@pytest.mark.parametrize(
+    "fused",
+    [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        ("mlp.experts.3.w1", "mlp.experts.7.w2"),
+        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),  # DeepSeek
+        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),  # Qwen3.5
+        ("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+    ],
+)
+def test_matrices_that_vllm_makes_one_need_one_format(fused: tuple[str, ...]) -> None:
+    """By its `packed_modules_mapping` of each family; the same projections of two layers may differ."""
+    client = CLIENTS["vllm"]
+    alike = {f"model.layers.{layer}.{name}": ("int4_g32", "int8_row")[layer] for name in fused for layer in (0, 1)}
+    assert client.unlike(alike) == []
+    for other in ("int8_row", None):
+        assert len(client.unlike({**alike, f"model.layers.0.{fused[0]}": other})) == 1
+
+
 def test_the_budget_counts_what_the_target_loads(program: Program) -> None:
     """INT3 takes 4.5 bits in GGUF, so that 4 bits are too few for it there and enough elsewhere."""
     keys = {"method": "error", "candidates": ("int3",), "average_bits": 4.0}
@@ -62,11 +82,13 @@ def test_the_budget_counts_what_the_target_loads(program: Program) -> None:
     assert not [p for p in AssignPlan(**keys).misfits(program) if "below" in p]
 
 
-def test_a_plan_for_vllm_uses_its_budget(program: Program) -> None:
-    """Four layers with a format each: the sizes of groups between 2 and 8 bits fill 99 % of any budget."""
-    for bits in (2.75, 3.5, 4.4):
-        planned = aqtx.run(aqtx.trace("tinymoe"), [AssignPlan(method="error", target="vllm", average_bits=bits)])
-        assert planned.plan is not None and 0.99 * bits <= planned.plan.average_bits <= bits
+def test_a_plan_for_vllm_uses_its_budget() -> None:
+    """Four layers with a format each: the sizes of groups between 2 and 6 bits fill 99 % of any budget."""
+    planned = aqtx.trace("tinymoe")
+    for method in ("error", "random"):
+        for bits in (2.6, 3.5, 4.6, 5.1, 6.0, 6.4):
+            AssignPlan(method=method, target="vllm", average_bits=bits).run(planned, Context())
+            assert planned.plan is not None and 0.99 * bits <= planned.plan.average_bits <= bits
 
 
 @pytest.mark.parametrize("rounding", [Quantize(), Gptq()], ids=["quantize", "gptq"])

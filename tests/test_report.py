@@ -77,7 +77,8 @@ def report_of(names):
                 "changed": 40,
                 "refused": [{"site": names[0], "why": "kept"}],
                 "details": {
-                    "target": {"name": "vllm", "bits": 3.4987, "free_bits": 3.5, "cost": 0.012, "free_cost": 0.0105}
+                    "target": {"name": "vllm", "bits": 3.4987, "free_bits": 3.5, "cost": 0.012,
+                               "free_cost": 0.0105, "budget": 3.6}
                 },
             },
             {"name": "gptq", "seconds": 61, "changed": 36, "refused": [], "max_difference": None,
@@ -139,6 +140,7 @@ def test_numbers_of_the_data_stand_in_the_tables(run_folder):
         "+0.0500 [+0.0400, +0.0600]",
         "<td>kept</td>",
         "For vllm: 3.4987 bits per weight in what it loads, predicted cost 0.012.",
+        "The budget is 3.6000 bits: no plan of these candidates within it has a lower cost.",
         "would give 0.0105 at 3.5000 bits",
         "2.13.0",
     ):

@@ -168,7 +168,11 @@ SETS = {
     "int": _INT_SET,
     "all": (*_MX_SET, *_INT_SET, "nvfp4"),
     "k": ("q3_k", "q4_k", "q5_k", "q6_k"),
-    "groups": ("int2_g64", *(f"int{bits}{group}" for bits in (3, 4) for group in ("", "_g64", "_g32")), "int6", "int8"),
+    "groups": (
+        *("int2_g64", "int2_g32"),
+        *(f"int{bits}{group}" for bits in (3, 4, 5, 6) for group in ("", "_g64", "_g32")),
+        "int8",
+    ),
 }
 _NAME = re.compile(r"(?P<base>[a-z0-9_]+?)(?:_g(?P<group>\d+)|(?P<row>_row))?(?P<asym>_asym)?(?:@(?P<rule>\w+))?")
 

@@ -181,7 +181,8 @@ def _price(
         return float(options.counted.gather(1, allocation.choice[:, None]).sum()) * 8 / options.weights
 
     told = {"cost": found.cost, "free_cost": unbound.cost, "bits": used(found), "free_bits": used(unbound)}
-    return {"name": settings.target, **told}
+    given = {} if budget is None else {"budget": budget * 8 / options.weights}
+    return {"name": settings.target, **told, **given}
 
 
 def _plan(

@@ -16,8 +16,8 @@ from aqtx.sensitivity.selection import format_problems
 
 _OF_TARGETS = {
     "vllm": ("groups",),
-    "transformers": ("int",),
-    "llama.cpp": ("k", "int4_g32", "int5_g32", "int8_g32"),
+    "transformers": ("groups",),
+    "llama.cpp": ("k", "mxfp4", "int4_g32", "int5_g32", "int8_g32"),
 }
 _TOLD_APART = (
     "average_bits",
@@ -37,7 +37,7 @@ class Settings:
         candidates: formats to choose from; default mxfp4, mxfp6, mxfp8; of `ratio` mxfp4, mxfp8, bf16; of
             `threshold` and `front_back` mxfp4, mxfp8. A list may name sets: `mx` (these three), `int` (INT3, 4, 6 and
             8 in groups of 64), `all` (both and nvfp4), `groups` (INT2 to INT8 in groups of 32 to 128, so that few sites
-            can fill a budget; default for vllm, `int` for transformers), `k` (q3_k to q6_k; default for llama.cpp with
+            can fill a budget; default for vllm and transformers), `k` (q3_k to q6_k; default for llama.cpp with mxfp4,
             int4_g32, int5_g32 and int8_g32, which are for rows that are no multiples of 256).
         target: what will run the model. `vllm`, `llama.cpp` and `transformers` fuse matrices, which then share one
             format, and lack some formats; the budget counts the bytes of what they load. `aqtx` allows every plan.

@@ -10,6 +10,7 @@ from aqtx.report.data import Absent, RunData
 from aqtx.report.numbers import count, decimal, duration, interval, is_number, megabytes
 
 _SHOWN_REFUSALS = 40
+_WELL_USED = 0.99  # of a budget
 
 
 def summary(data: RunData) -> str:
@@ -160,10 +161,14 @@ def _price(data: RunData) -> str:
         return ""
     bits, free = (decimal(target.get(key), 4) for key in ("bits", "free_bits"))
     cost, without = (f"{target[key]:.4g}" for key in ("cost", "free_cost"))
-    return html.paragraph(
+    words = (
         f"For {target.get('name')}: {bits} bits per weight in what it loads, predicted cost {cost}. Were matrices free "
         f"to differ that it makes share a format, the same costs would give {without} at {free} bits."
     )
+    given = target.get("budget")
+    if is_number(given) and target["bits"] < _WELL_USED * given:
+        words += f" The budget is {decimal(given, 4)} bits: no plan of these candidates within it has a lower cost."
+    return html.paragraph(words)
 
 
 def _plan_row(name: str, sites: list[dict[str, Any]]) -> tuple[str, ...]:

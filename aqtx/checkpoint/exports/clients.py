@@ -15,9 +15,19 @@ from aqtx.formats.table import E8M0, NVFP4_SCALE, Format
 
 _QKV = r"(.*)\.[qkv]_proj$"
 _GATE_UP = r"(.*)\.(?:gate_proj|up_proj|w1|w3)$"
+_LATENT = r"(.*)\.(?:q_a_proj|kv_a_proj_with_mqa)$"
+_DELTA = r"(.*)\.in_proj_(?:qkv|z)$"
+_DELTA_GATES = r"(.*)\.in_proj_[ab]$"
 _EXPERTS = r"(.*)\.experts\.\d+\."
 _ALL_EXPERTS = r"()\.experts\.\d+\."
 _STACKS = r"(.*\.experts)\.\d+\.(.*)"
+_FUSED_BY_VLLM = {
+    _QKV: "it fuses q, k and v",
+    _GATE_UP: "it fuses gate and up",
+    _LATENT: "it fuses the latent projections of queries and keys",
+    _DELTA: "it fuses the input projections of linear attention",
+    _DELTA_GATES: "it fuses the input projections of linear attention",
+}
 
 
 def _is_expert(site: str) -> bool:
@@ -76,10 +86,10 @@ CLIENTS: dict[str, Client] = {
         Client(
             name="vllm",
             target="compressed-tensors",
-            alike=(_QKV, _GATE_UP, _EXPERTS),
-            why=("it fuses q, k and v", "it fuses gate and up", "the experts of a layer share one format"),
+            alike=(*_FUSED_BY_VLLM, _EXPERTS),
+            why=(*_FUSED_BY_VLLM.values(), "the experts of a layer share one format"),
             refuses=_vllm,
-            shared_scale=(_QKV, _GATE_UP),
+            shared_scale=tuple(_FUSED_BY_VLLM),
         ),
         Client(
             name="transformers",
