@@ -12,6 +12,7 @@ from aqtx.program.site import LINEAR, weight_node
 
 ACTIVATION_BYTES = 256 << 20  # of one batch in one block, roughly: enough for full speed
 MAX_TOKENS = 8192
+BACKWARD_SHARE = 4  # autograd keeps what a forward pass lets go, and each of it gets a gradient
 
 
 def block_bytes(program: Program, block: Block) -> int:
@@ -21,17 +22,26 @@ def block_bytes(program: Program, block: Block) -> int:
 
 def parameter_bytes(program: Program, names: Iterable[str]) -> int:
     """What parameters take as they stand, buffers left out."""
-    sites = program.sites_by_weight() if program.emitted else {}
+    sites = program.sites_by_weight() if program.emitted or program.weights.formats else {}
     total = 0
     for name in names:
         spec = program.weights.specs.get(name)
         for site in sites.get(name, []):
-            told = program.codes.format_of(site.name)
+            codes = program.codes.format_of(site.name) if program.emitted else None
+            told = codes or program.weights.packed_as(name, site.name)
             bits = parse(told).bits(site.shape) if told is not None else 8 * program.dtype.itemsize
             total += int(site.numel * bits / 8)
         if spec is not None and name not in sites:
             total += spec.numel * spec.dtype.itemsize
     return total
+
+
+def copied_bytes(program: Program, names: Iterable[str]) -> int:
+    """The same of those that are copied to be loaded; others lie mapped in files, which the system drops at need."""
+    weights, mapped = program.weights, program.device.type == "cpu"
+    return parameter_bytes(
+        program, [name for name in names if name in weights.specs and not (mapped and weights.is_mapped(name))]
+    )
 
 
 def row_bytes(program: Program, node: fx.Node) -> int:
@@ -53,6 +63,11 @@ def tokens_at_once(program: Program, blocks: Sequence[Block]) -> int:
     """Tokens of one batch, a power of two by shapes alone: the same batches on every machine."""
     fitting = max(ACTIVATION_BYTES // max(activation_bytes(program, blocks), 1), 1)
     return min(1 << (fitting.bit_length() - 1), MAX_TOKENS)
+
+
+def sequences_at_once(program: Program, blocks: Sequence[Block], length: int, most: int) -> int:
+    """Sequences of a batch that goes backward too, at most so many, at least one."""
+    return max(min(tokens_at_once(program, blocks) // BACKWARD_SHARE // length, most), 1)
 
 
 def stream_bytes(program: Program, num_tokens: int) -> int:

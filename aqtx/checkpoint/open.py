@@ -97,6 +97,7 @@ def open_program(
         places, config = foreign_source(reader, config, weights)
         program = trace_foreign(config, places, dtype, folder)
     weights.shapes = {name: spec.shape for name, spec in program.weights.specs.items()}
+    program.weights.formats = formats
     keep_own(program, reader.dtype())
     program.packed_source = reader.found
     program.edit(*map(edit_from_json, edits))

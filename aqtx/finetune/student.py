@@ -1,12 +1,11 @@
 """The model that trains: in memory where it fits with all that training keeps, else one block at a time."""
 
-from aqtx.blockwise.work_size import parameter_bytes, row_bytes, tokens_at_once
+from aqtx.blockwise.work_size import parameter_bytes, row_bytes, sequences_at_once
 from aqtx.finetune.chain import Chain
 from aqtx.finetune.routed import Routed, routed
 from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 
-BACKWARD_SHARE = 4  # autograd keeps what a forward pass lets go, and each of it gets a gradient
 KEPT_COPIES = 1.2  # of what linears read and write, while all blocks' activations wait for the way back
 MASTER_COPIES = 6  # float32: what trains, its gradient, its two moments, where it started, its best
 LOGIT_COPIES = 5  # in float32: logarithms and exponentials of the student and of the teacher, gradients
@@ -35,4 +34,4 @@ def logit_bytes(program: Program, num_tokens: int) -> int:
 def rows_of(program: Program, batch: tuple[int, int]) -> int:
     """How many of the sequences [B, S] go through a block together, by shapes alone."""
     blocks = split_blocks(program.graph, program.weights.specs)
-    return max(min(tokens_at_once(program, blocks) // BACKWARD_SHARE // batch[1], batch[0]), 1)
+    return sequences_at_once(program, blocks, batch[1], batch[0])

@@ -80,6 +80,7 @@ class WeightStore:
     def __init__(self, specs: dict[str, Spec], source: Source, *, tied: Mapping[str, str] | None = None) -> None:
         self.specs = dict(specs)
         self.tied = dict(tied or {})
+        self.formats: Mapping[str, str] = {}  # of matrices that the source holds packed, by site
         self._source = source
         self._written: dict[str, Tensor] = {}
         self._changes: dict[str, list[Change]] = {}
@@ -119,6 +120,16 @@ class WeightStore:
     def own_dtype(self, name: str) -> torch.dtype | None:
         """The dtype of a parameter in the source; None of a tied one, which has none of its own."""
         return None if name in self.tied else self._source.own_dtype(name)
+
+    def packed_as(self, name: str, site: str) -> str | None:
+        """The format that a parameter's site lies packed in at the source, None where a pass has replaced it."""
+        return None if name in self._written or name in self._changes else self.formats.get(site)
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether `get` gives what lies at the source, not a copy: stacks are put together, other dtypes converted."""
+        spec, place = self.specs[name], self.tied.get(name, name)
+        touched = {name, place} & (self._written.keys() | self._changes.keys())
+        return not touched and len(spec.shape) < 3 and self._source.own_dtype(place) is spec.dtype
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Replace a parameter, changes included; its logical shape must stay."""

@@ -16,6 +16,8 @@ What waits between two blocks is in memory where it is a small part of the room,
 
 from dataclasses import dataclass, field
 
+import torch
+
 from aqtx.blockwise.block_scores import RESIDENT_SHARE
 from aqtx.blockwise.block_steps import staying
 from aqtx.blockwise.block_writer import CACHE_SHARE, HELD_SHARE
@@ -24,13 +26,16 @@ from aqtx.blockwise.work_size import (
     activation_bytes,
     block_bytes,
     cache_bytes,
+    copied_bytes,
     parameter_bytes,
+    sequences_at_once,
     stream_bytes,
     tokens_at_once,
 )
 from aqtx.finetune.chain import WAITING
 from aqtx.finetune.student import MASTER_COPIES, logit_bytes, rows_of, training_bytes
 from aqtx.finetune.targets import SHARE, waiting_bytes
+from aqtx.machine.half_products import SLOW
 from aqtx.machine.memory import resident_bytes, room_for_work
 from aqtx.planning.options import divide
 from aqtx.planning.settings import Settings
@@ -38,21 +43,23 @@ from aqtx.program.blocks import split_blocks
 from aqtx.program.program import Program
 from aqtx.registry import Pass, Walks
 from aqtx.runs.recipe import Recipe
-from aqtx.sensitivity.text_gradients import BACKWARD_SHARE, TOKENS_PER_BATCH
+from aqtx.sensitivity.text_gradients import TOKENS_PER_BATCH
 from aqtx.text.calibration_spec import WRITTEN, CalibrationSpec
 from aqtx.text.own_text import BATCH
 from aqtx.text.self_sampling import BEAMS, PARALLEL
 
 FORWARD_COPIES = 1.2  # of what linears read and write: norms, products, copies in another order
-BACKWARD_COPIES = 6.0  # what autograd keeps of a batch, the gradients, the rows laid aside
+BACKWARD_COPIES = 5.0  # what autograd keeps of a batch, the gradients, the rows laid aside
 TRAINING_COPIES = 2.5  # the same without rows
 COMPILER = 400_000_000  # Inductor, what it imports and what it makes
-KERNELS = 300_000_000  # libraries, once they compute: compiled kernels that oneDNN keeps, the tokenizer's library
+# libraries, once they compute: the tokenizer's, and kernels that oneDNN compiles for bf16 where the processor has it
+KERNELS = 60_000_000 if torch.bfloat16 in SLOW else 300_000_000
 EBSS_ROWS = PARALLEL * BEAMS**2
 EBSS_COPIES = 1.5  # of its caches: those of the beams, of their candidates, and of what is chosen
 READ_BYTES = 1_000_000_000  # a second, from a disk
-FEW_KERNELS = 100_000_000  # the same where batches are of one shape
+FEW_KERNELS = min(KERNELS, 100_000_000)  # the same where batches are of one shape
 EVALUATED_TOKENS = 200_000  # where a recipe does not say how many
+BY_BLOCKS = "one block at a time"
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,7 @@ def needs(recipe: Recipe, program: Program) -> list[Need]:
         passes = [*text_needs(sizes, recipe), *passes]
     if recipe.evaluate is None:
         return passes
-    packed = min((bits / 16 for step in recipe.passes if (bits := getattr(step, "average_bits", None))), default=1.0)
-    before, after = (evaluation_need(sizes, recipe, moment) for moment in (("before", 1.0), ("after", packed)))
+    before, after = (evaluation_need(sizes, recipe, when) for when in ("before", "after"))
     return [before, *passes, after]
 
 
@@ -125,17 +131,30 @@ def problems(recipe: Recipe, program: Program) -> list[str]:
     ]
 
 
-def evaluation_need(sizes: Sizes, recipe: Recipe, moment: tuple[str, float]) -> Need:
-    """Scoring the model as it is, or packed to a share of its size."""
+def evaluation_need(sizes: Sizes, recipe: Recipe, when: str) -> Need:
+    """Scoring the model as it is, or with what is planned packed. What lies mapped in files is not held."""
     assert recipe.evaluate is not None
-    when, share = moment
-    model, tokens = int(sizes.model * share), min(sizes.tokens, recipe.evaluate.max_tokens or sizes.tokens)
+    program, specs = sizes.program, sizes.program.weights.specs
+    planned, packed = _planned_bytes(program, recipe) if when == "after" else (0, 0)
+    model, held = sizes.model - planned + packed, max(copied_bytes(program, specs) - planned, 0) + packed
+    tokens = min(sizes.tokens, recipe.evaluate.max_tokens or sizes.tokens)
     stage, work = f"evaluate {when}", sizes.batch(tokens, FORWARD_COPIES)
     if model <= sizes.room // RESIDENT_SHARE:
-        return sizes.need(stage, model + work)
-    num_bytes = stream_bytes(sizes.program, recipe.evaluate.max_tokens or EVALUATED_TOKENS)
+        return sizes.need(stage, held + work)
+    num_bytes = stream_bytes(program, recipe.evaluate.max_tokens or EVALUATED_TOKENS)
     memory, disk = sizes.waiting(num_bytes, 8)
-    return sizes.need(stage, int(sizes.block * share) + work + memory, disk, "one block at a time")
+    block = max(copied_bytes(program, (str(node.target) for node in part.parameters)) for part in sizes.blocks)
+    return sizes.need(stage, block * held // max(held - packed + planned, 1) + work + memory, disk, BY_BLOCKS)
+
+
+def _planned_bytes(program: Program, recipe: Recipe) -> tuple[int, int]:
+    """What the planned matrices take as the program computes with them, and packed."""
+    plans = [step for step in recipe.passes if isinstance(step, Settings)]
+    if not plans:
+        return 0, 0
+    numel = sum(site.numel for site in divide(program, plans[-1], measured=False).planned)
+    widest = max((fmt.bits((4096, 4096)) for fmt in plans[-1].formats), default=16.0)
+    return numel * program.dtype.itemsize, int(numel * (plans[-1].average_bits or widest) / 8)
 
 
 def text_needs(sizes: Sizes, recipe: Recipe) -> list[Need]:
@@ -171,13 +190,12 @@ def pass_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
         return sizes.need(step.name, matrix, streams="one matrix at a time")
     if walks == "training":
         return _training_need(sizes, step, recipe)
-    rows = min(sizes.tokens, TOKENS_PER_BATCH, tokens)
-    batch, kept, share = _walk(sizes, walks, tokens, rows)
+    batch, kept, share = _walk(sizes, walks, tokens, recipe.calibration.sequence_length)
     memory, disk = sizes.waiting(kept, share)
     peak = sizes.block + batch + memory + matrix
     if walks == "rounding":
         peak, disk = peak + _moments(sizes, peak), disk + sizes.model // 2
-    return sizes.need(step.name, peak, disk, "one block at a time")
+    return sizes.need(step.name, peak, disk, BY_BLOCKS)
 
 
 def _matrix_bytes(program: Program, step: Pass, recipe: Recipe) -> int:
@@ -204,17 +222,19 @@ def _training_need(sizes: Sizes, step: Pass, recipe: Recipe) -> Need:
     rows = rows_of(program, batch) * length
     flowing = max(len(sizes.blocks) * stream_bytes(program, batch[0] * length), WAITING)
     work = sizes.batch(rows, TRAINING_COPIES) + logit_bytes(program, rows) + flowing
-    return sizes.need(step.name, sizes.block + work + trained + memory, disk, "one block at a time")
+    return sizes.need(step.name, sizes.block + work + trained + memory, disk, BY_BLOCKS)
 
 
-def _walk(sizes: Sizes, walks: Walks, tokens: int, rows: int) -> tuple[int, int, int]:
+def _walk(sizes: Sizes, walks: Walks, tokens: int, length: int) -> tuple[int, int, int]:
     """What a batch takes, what waits between blocks, and the share of the room that may wait in memory."""
     stream = stream_bytes(sizes.program, tokens)
     if walks == "backward":
-        rows = max(min(rows, sizes.tokens // BACKWARD_SHARE), 1)
-        return sizes.batch(rows, BACKWARD_COPIES), len(sizes.blocks) * stream + sizes.batch(tokens, 1), 4
+        sequences = sequences_at_once(sizes.program, sizes.blocks, length, TOKENS_PER_BATCH // length)
+        kept = len(sizes.blocks) * stream + sizes.batch(tokens, 1)
+        return sizes.batch(min(sequences * length, tokens), BACKWARD_COPIES), kept, 4
     if walks == "trials":
         return sizes.batch(tokens, FORWARD_COPIES), stream * len(sizes.program.sites()), 4
+    rows = min(sizes.tokens, TOKENS_PER_BATCH, tokens)
     return sizes.batch(rows, FORWARD_COPIES), stream, 4
 
 

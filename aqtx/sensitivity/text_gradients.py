@@ -10,7 +10,7 @@ from aqtx.blockwise.backward import Backward
 from aqtx.blockwise.block_runner import Runner
 from aqtx.blockwise.block_stream import Stream, scratch_folder
 from aqtx.blockwise.linear_rows import mixes_nothing
-from aqtx.blockwise.work_size import activation_bytes, stream_bytes, tokens_at_once
+from aqtx.blockwise.work_size import activation_bytes, sequences_at_once, stream_bytes
 from aqtx.formats import Format, fake_quantize
 from aqtx.program.blocks import Block, Values, split_blocks
 from aqtx.program.program import Program
@@ -18,7 +18,6 @@ from aqtx.program.site import Site
 from aqtx.registry import Context
 
 TOKENS_PER_BATCH = 2048
-BACKWARD_SHARE = 4  # autograd keeps what a forward pass lets go, and each of it gets a gradient
 
 
 @contextmanager
@@ -36,11 +35,9 @@ def text_gradients(
     """
     nodes = frozenset(node for found in users.values() for node in found)
     blocks = split_blocks(program.graph, program.weights.specs)
-    together = (
-        max(min(tokens_at_once(program, blocks), TOKENS_PER_BATCH) // ids.shape[1], 1)
-        if mixes_nothing(nodes, blocks)
-        else 1
-    )
+    length = ids.shape[1]
+    most = TOKENS_PER_BATCH // length if mixes_nothing(nodes, blocks) else 1
+    together = sequences_at_once(program, blocks, length, most)
     sizes = [len(part) for part in ids.split(together)]
     kept_bytes = len(blocks) * stream_bytes(program, ids.numel()) + activation_bytes(program, blocks) * ids.numel()
     on_disk = kept_bytes > context.room() // 4
