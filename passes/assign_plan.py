@@ -11,7 +11,7 @@ from aqtx.planning.decide import decide
 from aqtx.planning.manual import read_manual
 from aqtx.planning.options import DEGENERATE, how_to_annotate, unmet
 from aqtx.planning.settings import Settings
-from aqtx.planning.target import share_scales
+from aqtx.planning.target import refused, share_scales
 from aqtx.program.edits import QuantizeActivation
 from aqtx.program.plan import Plan
 from aqtx.program.program import Program
@@ -44,8 +44,9 @@ class AssignPlan(Settings, Pass):
         return self.row.walks(self.own)
 
     def misfits(self, program: Program) -> list[str]:
-        """Selectors without a match, a manual plan that does not fit, codes in the place of weights."""
-        problems = unmet(program, self)
+        """A target that takes no such model, selectors without a match, a manual plan that does not fit, codes."""
+        problems = [f"target {self.target}: {told}" for told in refused(self.target, program.config)]
+        problems += unmet(program, self)
         if coded := program.config.get("quantization_config", {}).get("formats"):
             first, fmt = next(iter(coded.items()))
             problems.append(f"{len(coded)} sites are quantized already, first {first} ({fmt}): give the original model")

@@ -18,6 +18,7 @@ from aqtx.errors import InputError
 from aqtx.formats.table import parse
 from aqtx.models import MODEL_TYPES
 from aqtx.models.on_disk import text_config
+from aqtx.passes.assign_plan import AssignPlan
 from tests.gguf_cases import ALL, CASE_OF, SIZES, SWITCHES, TIED, ids_of, made, save_own
 from tests.llama_cpp import Model
 from tests.model_cases import CASES, LLAMA3, YARN, oracle
@@ -85,10 +86,15 @@ REFUSALS = [
 def test_what_llama_cpp_computes_otherwise_is_refused(
     case: str, settings: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
+    """In one sentence, by an export and by a plan for llama.cpp before it begins."""
     made(case, tmp_path / "source", **settings)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as refused:
         export(tmp_path / "source", "gguf", tmp_path / "model.gguf")
+    assert len(refused.value.problems) == 1
     assert not (tmp_path / "model.gguf").exists()
+    plan = AssignPlan(method="uniform", candidates=("int4_g32",), target="llama.cpp")
+    told = plan.misfits(open_program(tmp_path / "source", None, config_only=True))
+    assert f"target llama.cpp: {refused.value.problems[0]}" in told
 
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64}

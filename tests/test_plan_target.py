@@ -10,13 +10,45 @@ import aqtx
 from aqtx.checkpoint.exports.clients import CLIENTS
 from aqtx.checkpoint.exports.run import export
 from aqtx.checkpoint.exports.target import captured
+from aqtx.checkpoint.open import open_program
+from aqtx.cli import main
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.emit import Emit
 from aqtx.passes.gptq import Gptq
 from aqtx.passes.quantize import Quantize
 from aqtx.program.program import Program
 from aqtx.registry import Context, Pass
+from tests.foreign_models import foreign
+from tests.model_cases import oracle
 from tests.tiny import write_checkpoint
+
+
+def test_a_model_that_the_target_does_not_take_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    """vLLM and transformers load the experts of gpt-oss in one tensor a layer, which compressed-tensors has not."""
+    oracle("gpt-oss").config.save_pretrained(tmp_path)
+    program = open_program(tmp_path, torch.float32, config_only=True)
+    for target, refused in (("vllm", True), ("transformers", True), ("llama.cpp", False), ("aqtx", False)):
+        plan = AssignPlan(method="uniform", candidates=("int4_g16",), target=target)  # type: ignore[arg-type]
+        problems = [problem for problem in plan.misfits(program) if "gpt_oss in one tensor a layer" in problem]
+        assert len(problems) == refused
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "apply"])
+def test_what_an_export_will_have_to_be_given_is_a_warning(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No tokenizer, which a template may bring; a family that aqtx cannot tell llama.cpp of."""
+    words = ["quickstart", f"output={tmp_path / 'out'}", "evaluate=null", "report=false"]
+    words += ["passes=[{assign_plan: {method: uniform, candidates: [int8_g32], target: llama.cpp}}, quantize, emit]"]
+    oracle("llama", intermediate_size=64).save_pretrained(tmp_path / "known")
+    assert main([command, *words, f"model.source={tmp_path / 'known'}"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("target llama.cpp") == 1 and "no tokenizer.json: give a GGUF file" in told
+    foreign("phi", intermediate_size=64).save_pretrained(tmp_path / "phi")
+    words[1] += "2"
+    assert main([command, *words, f"model.source={tmp_path / 'phi'}"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("target llama.cpp") == 1 and "aqtx writes no GGUF of model_type 'phi'" in told
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """`aqtx check`: is this recipe right, and right for its model? Every problem at once, nothing is run."""
 
 import argparse
+import warnings
 
 from aqtx.commands import Command, add_recipe
 
@@ -14,11 +15,13 @@ def run(arguments: argparse.Namespace) -> int:
     from aqtx.commands.summary import needs_table
     from aqtx.runs.memory_needs import needs
     from aqtx.runs.opening import program_of
-    from aqtx.runs.preflight import preflight, unread
+    from aqtx.runs.preflight import preflight, unexportable, unread
 
     program = program_of(recipe)
     if problems := unread(recipe) + preflight(recipe, program):
         raise InputError(*problems)
+    for sentence in unexportable(recipe, program):
+        warnings.warn(sentence, stacklevel=2)
     steps = " -> ".join(step.name for step in recipe.passes)
     print(f"{arguments.recipe}: all right. {recipe.model.source}: {steps or 'no passes'}")
     print(needs_table(needs(recipe, program)))

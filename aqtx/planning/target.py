@@ -1,6 +1,7 @@
 """What the program that a plan is meant for allows: the rows of `checkpoint/exports`, as constraints of a plan."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aqtx.checkpoint.exports.clients import CLIENTS
@@ -16,6 +17,16 @@ FREE = "aqtx"  # this project's own folder, which holds every plan
 def fused_by(target: str) -> tuple[str, ...]:
     """Expressions whose equal captures make sites share one format."""
     return () if target == FREE else CLIENTS[target].alike
+
+
+def refused(target: str, config: Mapping[str, Any]) -> list[str]:
+    """What stands against any export of a model to the target."""
+    return [] if target == FREE else TARGETS[CLIENTS[target].target].refuses(config)
+
+
+def missing(target: str, config: Mapping[str, Any], folder: Path | None) -> list[str]:
+    """What an export to the target will have to be given."""
+    return [] if target == FREE else TARGETS[CLIENTS[target].target].missing(config, folder)
 
 
 def why_not(target: str, fmt: Format, site: Site, config: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ from aqtx.runs.fingerprint import (
 from aqtx.runs.memory_needs import Need, needs
 from aqtx.runs.opening import documents_of, program_of, recipe_context
 from aqtx.runs.pipeline import Run
-from aqtx.runs.preflight import preflight, unread
+from aqtx.runs.preflight import preflight, unexportable, unread
 from aqtx.runs.recipe import Recipe, load_recipe, parse_recipe
 from aqtx.runs.resume_points import restore_state, save_state
 from aqtx.runs.task_scores import score_tasks, tasks_report
@@ -119,7 +119,7 @@ class _Runner:
         directory.refuse_source(self.program.folder)
         if problems := preflight(recipe, self.program):
             raise InputError(*problems)
-        for sentence in unread(recipe):
+        for sentence in unread(recipe) + unexportable(recipe, self.program):
             warnings.warn(sentence, stacklevel=2)
         self.ranks = ranks
         work = self.ranks.own_folder(directory.work)

@@ -1,6 +1,7 @@
 """`aqtx plan`: the passes that annotate and decide, without the passes that touch a weight."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from aqtx.registry import Pass
 from aqtx.runs.apply import write_tables
 from aqtx.runs.opening import program_of, recipe_context
 from aqtx.runs.pipeline import Run
+from aqtx.runs.preflight import unexportable
 from aqtx.runs.recipe import Recipe
 
 _GAUSSIAN_ROWS = 128
@@ -48,6 +50,8 @@ def plan_recipe(recipe: Recipe, *, config_only: bool = False, quiet: bool = Fals
 
 def _plan(recipe: Recipe, directory: Path, *, config_only: bool, quiet: bool) -> Planned:
     program = program_of(recipe, config_only=config_only)
+    for sentence in unexportable(recipe, program):
+        warnings.warn(sentence, stacklevel=2)
     passes: list[Pass] = [step for step in recipe.passes if step.stage in ("annotate", "plan")]
     if not any(step.stage == "plan" for step in passes):
         raise InputError("passes: there is no `assign_plan`, so there is nothing to plan")

@@ -7,6 +7,7 @@ from pathlib import Path
 from aqtx.errors import problems_of
 from aqtx.evaluate.task_code import refuse_code
 from aqtx.planning.settings import Settings
+from aqtx.planning.target import missing
 from aqtx.program.program import Program
 from aqtx.registry import Pass
 from aqtx.runs import memory_needs
@@ -65,6 +66,16 @@ def unread(recipe: Recipe) -> list[str]:
         for place, step in enumerate(recipe.passes)
         if isinstance(step, Settings)
         for sentence in step.unread(recipe.study.keys(step) if recipe.study is not None else ())
+    ]
+
+
+def unexportable(recipe: Recipe, program: Program) -> list[str]:
+    """What the targets of plans will have to be given when the model is exported: a warning, since it may come."""
+    return [
+        f"passes.{place}.{step.name}: target {step.target}: {sentence}"
+        for place, step in enumerate(recipe.passes)
+        if isinstance(step, Settings)
+        for sentence in missing(step.target, program.config, program.folder)
     ]
 
 

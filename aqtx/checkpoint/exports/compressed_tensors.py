@@ -8,7 +8,7 @@ stored as its inverse. Read from the code of compressed-tensors 0.20 and of vLLM
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -164,14 +164,21 @@ def _targets(names: list[str]) -> list[str]:
     return [*expressions, *single]
 
 
+def refuses(config: Mapping[str, Any]) -> list[str]:
+    """Families of which no program loads single experts, quantized or not."""
+    kind = config.get("model_type")
+    if kind not in ALWAYS_FUSED:
+        return []
+    return [
+        f"vLLM and transformers load the experts of {kind} in one tensor a layer, for which compressed-tensors has "
+        "no form: use the checkpoint itself in transformers, or --to dequantized"
+    ]
+
+
 def check(job: Job) -> list[str]:
-    """Families of which no program loads single experts, quantized or not; checkpoints without a code."""
-    kind = job.program.config.get("model_type")
-    if kind in ALWAYS_FUSED:
-        return [
-            f"vLLM and transformers load the experts of {kind} in one tensor a layer, for which compressed-tensors has "
-            "no form: use the checkpoint itself in transformers, or --to dequantized"
-        ]
+    """The same, and checkpoints without a code."""
+    if problems := refuses(job.program.config):
+        return problems
     if not job.formats:
         return ["nothing in the checkpoint is quantized, so there are no codes to write: export `--to dequantized`"]
     return []
@@ -242,4 +249,5 @@ TARGET = Target(
     write=write,
     verify=verify,
     check=check,
+    refuses=refuses,
 )

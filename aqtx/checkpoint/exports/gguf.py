@@ -17,12 +17,13 @@ from aqtx.checkpoint.exports.gguf_metadata import (
     config_problems,
     copy_metadata,
     family_of,
+    missing,
     parsed,
     template_problems,
 )
 from aqtx.checkpoint.exports.gguf_reader import GgufReader
 from aqtx.checkpoint.exports.gguf_tensors import Entry, data_of, entries, outer_scales, rope_factors, value_of
-from aqtx.checkpoint.exports.gguf_tokenizer import tokenizer_notes, tokenizer_problems
+from aqtx.checkpoint.exports.gguf_tokenizer import tokenizer_notes
 from aqtx.checkpoint.exports.gguf_types import kind_of
 from aqtx.checkpoint.exports.target import Job, Target
 from aqtx.formats import QuantizedTensor
@@ -46,8 +47,8 @@ def check(job: Job) -> list[str]:
     """What llama.cpp would not compute or could not be told."""
     if job.template is not None:
         return template_problems(job.program.config, job.template)
-    config, folder = job.program.config, job.program.folder
-    return [*config_problems(config), *tokenizer_problems(folder, config.get("vocab_size"))]
+    config = job.program.config
+    return [*config_problems(config), *missing(config, job.program.folder)]
 
 
 def write(job: Job) -> list[str]:
@@ -172,4 +173,6 @@ TARGET = Target(
     is_file=True,
     check=check,
     bits=bits,
+    refuses=config_problems,
+    missing=missing,
 )

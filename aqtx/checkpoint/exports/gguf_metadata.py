@@ -12,7 +12,7 @@ from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
 
 from aqtx.checkpoint.exports.gguf_families import FAMILIES, Family
 from aqtx.checkpoint.exports.gguf_rules import PAIRED
-from aqtx.checkpoint.exports.gguf_tokenizer import add_tokenizer
+from aqtx.checkpoint.exports.gguf_tokenizer import add_tokenizer, tokenizer_problems
 from aqtx.errors import InputError, malformed
 from aqtx.models import build
 
@@ -46,10 +46,7 @@ def template_problems(config: Mapping[str, Any], template: Path) -> list[str]:
     with malformed(f"the template {template} is no GGUF file"):
         fields = GGUFReader(template).fields
         arch = str(fields["general.architecture"].contents())
-    own = FAMILIES.get(str(config.get("model_type")))
-    known = sorted(
-        {row.arch for row in FAMILIES.values() if row.rules in ({}, PAIRED)} | ({own.arch} if own else set())
-    )
+    known = template_archs(config)
     if arch not in known:
         told = ", ".join(known)
         return [f"the template's architecture {arch} may be stored otherwise than its checkpoints; known are {told}"]
@@ -62,17 +59,32 @@ def template_problems(config: Mapping[str, Any], template: Path) -> list[str]:
         for key, value in counts.items()
         if value != config.get(_OF_TEMPLATES[key])
     ]
-    return [*problems, *(config_problems(config) if config.get("model_type") in FAMILIES else [])]
+    return [*problems, *config_problems(config)]
+
+
+def template_archs(config: Mapping[str, Any]) -> list[str]:
+    """The architectures whose files can be templates of a model: those stored as checkpoints are, and its own."""
+    own = FAMILIES.get(str(config.get("model_type")))
+    plain = {row.arch for row in FAMILIES.values() if row.rules in ({}, PAIRED)}
+    return sorted(plain | ({own.arch} if own else set()))
+
+
+def missing(config: Mapping[str, Any], folder: Path | None) -> list[str]:
+    """What llama.cpp must be told and only a template could tell, in sentences."""
+    kind = config.get("model_type")
+    if kind in FAMILIES:
+        return tokenizer_problems(folder, config.get("vocab_size"))
+    return [
+        f"aqtx writes no GGUF of model_type {kind!r}, only of {', '.join(FAMILIES)}; with --template also of a model "
+        f"whose GGUF file, made by another tool, is of the architecture {' or '.join(template_archs(config))}"
+    ]
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """Why llama.cpp would not compute this model, in sentences."""
-    kind = config.get("model_type")
+    """Why llama.cpp would not compute this model, in sentences; nothing on a family that has no row."""
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        return [
-            f"no metadata for model_type {kind!r} (known: {known}): give a GGUF file of the same model by --template"
-        ]
+        return []
     family = FAMILIES[kind]
     problems = [
         f"config.json: llama.cpp has {key} {' or '.join(map(repr, values))} built in for {kind}, not {found!r}"

@@ -160,6 +160,9 @@ class Target:
         verify: decodes what was written and compares each value.
         keeps_codes: codes are copied, so a rotation before them cannot be undone.
         bits: (format, columns) -> bits per weight in what is written, where they are not the format's own.
+        check: what stands against an export, in sentences.
+        refuses: config.json -> what of that stands against any export of the model.
+        missing: config.json and the model's folder -> what of that can be given when it is exported.
         suffix: of the default output, behind the checkpoint's name.
     """
 
@@ -173,3 +176,5 @@ class Target:
     is_file: bool = False
     bits: Callable[[Format, int], float] | None = None
     check: Callable[[Job], list[str]] = lambda job: []
+    refuses: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
+    missing: Callable[[Mapping[str, Any], Path | None], list[str]] = lambda config, folder: []
