@@ -47,29 +47,31 @@ class DeepseekV3Config:
         made = cls(
             decoder=decoder,
             latent=latent,
-            routing=_softmax_routing(fields) if second else sigmoid_routing(fields),
+            routing=_softmax_routing(fields) if second else sigmoid_routing(fields, groups=8, kept=4, scale=2.5),
             intermediate_size=fields.integer("intermediate_size"),
             expert_size=fields.integer("moe_intermediate_size"),
-            num_shared_experts=fields.integer("n_shared_experts", 1),
-            num_dense_layers=int(config.get("first_k_dense_replace") or 0),
+            num_shared_experts=fields.integer("n_shared_experts", 2 if second else 1),
+            num_dense_layers=int(config.get("first_k_dense_replace", 0 if second else 3) or 0),
             mlp_bias=fields.flag("mlp_bias", False),
         )
         fields.check()
         return made
 
 
-def sigmoid_routing(fields: Fields) -> Routing:
-    """Scores with a correction bias; groups count by their two best experts."""
+def sigmoid_routing(fields: Fields, *, groups: int = 1, kept: int = 1, scale: float = 1.0) -> Routing:
+    """Scores with a correction bias; groups count by their two best experts. The numbers are a family's defaults."""
     fields.only("scoring_func", "sigmoid")
-    return Routing(
+    routing = Routing(
         num_experts=fields.integer("n_routed_experts"),
         experts_per_token=fields.integer("num_experts_per_tok"),
         score="sigmoid",
-        num_groups=fields.integer("n_group", 1),
-        kept_groups=fields.integer("topk_group", 1),
+        num_groups=fields.integer("n_group", groups),
+        kept_groups=fields.integer("topk_group", kept),
         normalize=fields.flag("norm_topk_prob", True),
-        scale=fields.number("routed_scaling_factor", 1.0),
+        scale=fields.number("routed_scaling_factor", scale),
     )
+    fields.problems += routing.problems()
+    return routing
 
 
 def _softmax_routing(fields: Fields) -> Routing:
@@ -79,7 +81,7 @@ def _softmax_routing(fields: Fields) -> Routing:
     if method not in ("greedy", "group_limited_greedy"):
         fields.problems.append(f"config.json: topk_method {method!r} is not supported")
     grouped = method == "group_limited_greedy"
-    return Routing(
+    routing = Routing(
         num_experts=fields.integer("n_routed_experts", 64),
         experts_per_token=fields.integer("num_experts_per_tok"),
         score="softmax",
@@ -87,6 +89,8 @@ def _softmax_routing(fields: Fields) -> Routing:
         kept_groups=fields.integer("topk_group") if grouped else 1,
         scale=fields.number("routed_scaling_factor", 1.0),
     )
+    fields.problems += routing.problems()
+    return routing
 
 
 class LatentBlock(Block):

@@ -50,7 +50,7 @@ class Glm4MoeConfig:
             intermediate_size=fields.integer("intermediate_size"),
             expert_size=fields.integer("moe_intermediate_size"),
             num_shared_experts=fields.integer("n_shared_experts", 1),
-            num_dense_layers=int(config.get("first_k_dense_replace") or 0),
+            num_dense_layers=int(config.get("first_k_dense_replace", 1) or 0),
         )
         fields.check()
         return made

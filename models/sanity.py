@@ -12,6 +12,8 @@ _POSITIVE = (
     "rope_theta",
     "rope_local_base_freq",
     "clip_qkv",
+    "attention_multiplier",
+    "logits_scaling",
 )
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

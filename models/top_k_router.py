@@ -24,6 +24,22 @@ class Routing:
     normalize: bool = False
     scale: float = 1.0
 
+    def problems(self) -> list[str]:
+        """Why no k experts can be chosen within these groups, in a sentence."""
+        if self.num_groups == 1:
+            return []
+        each, rest = divmod(self.num_experts, self.num_groups)
+        if rest:
+            return [f"config.json: n_routed_experts {self.num_experts} is not a multiple of n_group {self.num_groups}"]
+        if each < 2 and self.score == "sigmoid":
+            return [f"config.json: n_group {self.num_groups} makes groups of one expert, which count by their best two"]
+        if self.kept_groups > self.num_groups:
+            return [f"config.json: topk_group {self.kept_groups} is more than n_group {self.num_groups}"]
+        if self.kept_groups * each < self.experts_per_token:
+            held = f"the {self.kept_groups * each} experts in topk_group {self.kept_groups} groups"
+            return [f"config.json: num_experts_per_tok {self.experts_per_token} is more than {held}"]
+        return []
+
 
 class TopKRouter(nn.Module):
     """Scores of all experts in float32, whatever the model's dtype; the k best of the best groups."""
