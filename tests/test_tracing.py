@@ -1,13 +1,18 @@
 """Tracing: canonical graphs, and sites by checkpoint name."""
 
+from collections import OrderedDict
+
 import torch
 from torch import fx
 
 import aqtx
 from aqtx.machine import half_products
-from aqtx.program import run_ops
+from aqtx.passes.assign_plan import AssignPlan
+from aqtx.passes.emit import Emit
+from aqtx.passes.quantize import Quantize
+from aqtx.program import run_ops, trace
 from aqtx.program.site import GROUPED_LINEAR, LINEAR
-from tests.tiny import OLMOE, random_model
+from tests.tiny import OLMOE, random_model, write_checkpoint
 
 IDS = torch.randint(0, 192, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -32,6 +37,28 @@ def test_one_node_per_matrix_multiply_and_per_norm():
     assert count(graph, GROUPED_LINEAR) == 3 * layers
     assert count(graph, LINEAR) == 5 * layers + 1  # q k v o router, and the head
     assert count(graph, torch.ops.aten.rms_norm.default) == 4 * layers + 1
+
+
+def test_a_config_is_traced_once_and_no_program_sees_what_was_done_to_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(trace, "_KEPT", OrderedDict())
+    traced, export = [], trace.export_entry
+    monkeypatch.setattr(trace, "export_entry", lambda model, entry: traced.append(entry) or export(model, entry))
+    write_checkpoint(tmp_path / "one")
+    write_checkpoint(tmp_path / "other", {**OLMOE, "num_experts_per_tok": 1})
+    first = aqtx.trace(tmp_path / "one")
+    untouched = first.graph.python_code("self").src
+    aqtx.run(first, [AssignPlan(method="uniform", candidates=("int4_g32",)), Quantize(), Emit()])
+    first.graph.erase_node(next(node for node in reversed(first.graph.nodes) if node.op == "output"))
+    again = aqtx.trace(tmp_path / "one")
+    assert again.graph.python_code("self").src == untouched
+    assert all(site.get("format") is None for site in again.sites())
+    assert torch.equal(again.module()(IDS), aqtx.trace(tmp_path / "one").module()(IDS))
+    assert traced == ["score"]
+    aqtx.trace(tmp_path / "other")
+    aqtx.trace(tmp_path / "one", dtype=torch.float32)
+    aqtx.trace(tmp_path / "one").entry("step")
+    aqtx.trace(tmp_path / "one").entry("step")
+    assert traced == ["score", "score", "score", "step"]
 
 
 def test_graphs_hold_no_guards_and_no_assertions():

@@ -1,6 +1,9 @@
 """From a checkpoint or a module to a `Program`: export on meta, canonical graphs, weights by name."""
 
 import copy
+import json
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ _ASSERTIONS = (
     torch.ops.aten.sym_constrain_range_for_size.default,
     torch.ops.aten.sym_constrain_range.default,
 )
+
+# graphs of configs as they were traced, the last few, since a trace takes a second for each ten layers
+_KEPT: OrderedDict[tuple[str, ...], fx.GraphModule] = OrderedDict()
+_MOST_KEPT, _MOST_NODES = 8, 4000
 
 
 def copy_on_meta(model: nn.Module) -> nn.Module:
@@ -43,9 +50,14 @@ def build_program(
     buffers: dict[str, Tensor] | None = None,
     folder: Path | None = None,
 ) -> Program:
-    """A Program over `source` from a maker of the model on meta."""
+    """A Program over `source` from a maker of the model on meta.
+
+    `buffers` come with a user's own module. Without them `config` alone decides what is made, and one that was traced
+    before is not traced again.
+    """
     with torch.device("meta"):
         model = make().eval()
+    by_config = buffers is None
     buffers = {name: value.clone() for name, value in model.named_buffers()} if buffers is None else buffers
     model = model.to("meta")
     for parameter in model.parameters():
@@ -53,15 +65,43 @@ def build_program(
             parameter.data = parameter.data.to(dtype)
     tied = untie(model)
     specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in model.named_parameters()}
+
+    told = json.dumps(config, sort_keys=True, default=str)
+    key = (repr(type(model)), told, str(dtype), str(torch.get_default_dtype()))
+
+    def traced(entry: str) -> fx.GraphModule:
+        if not by_config:
+            return export_entry(model, entry)
+        return _once((*key, entry), lambda: export_entry(model, entry))
+
     return Program(
-        entries={"score": export_entry(model, "score")},
+        entries={"score": traced("score")},
         weights=WeightStore(specs, source, tied=tied),
         buffers=buffers,
         config=config,
         dtype=dtype,
         folder=folder,
-        trace_entry=lambda entry: export_entry(model, entry),
+        trace_entry=traced,
     )
+
+
+def _once(key: tuple[str, ...], trace: Callable[[], fx.GraphModule]) -> fx.GraphModule:
+    """A copy of the graph that is kept under `key`, traced where there is none."""
+    if key in _KEPT:
+        _KEPT.move_to_end(key)
+        return _copied(_KEPT[key])
+    made = trace()
+    if len(made.graph.nodes) <= _MOST_NODES:
+        _KEPT[key] = _copied(made)
+        if len(_KEPT) > _MOST_KEPT:
+            _KEPT.popitem(last=False)
+    return made
+
+
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about how it copies its descriptions of inputs
+        return copy.deepcopy(graph_module)
 
 
 def untie(model: nn.Module) -> dict[str, str]:
