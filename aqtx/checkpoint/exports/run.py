@@ -98,12 +98,14 @@ def check(job: Job, target: Target) -> tuple[tuple[str, ...], list[str]]:
     loads = tuple(name for name, why in refused.items() if not why)
     if clients and not loads:
         raise InputError(*(sentence for why in refused.values() for sentence in _first(why)))
-    return loads, [*notes, *(f"not for {why[0]}" for why in refused.values() if why)]
+    others = [(client, why[0].removeprefix(f"{client}: ")) for client, why in refused.items() if why]
+    return loads, [*notes, *(f"not for {client}: {why}" for client, why in others)]
 
 
 def formless(formats: dict[str, Format], job: Job, target: Target) -> list[str]:
-    """A sentence for each format without a form, with its matrices and the nearest format that has one."""
+    """A sentence for each format without a form, with its matrices and the nearest format that a client takes there."""
     sites, lost = job.sites, dict[tuple[str, int], list[str]]()
+    clients = [client for client in CLIENTS.values() if client.target == target.name]
     for name, fmt in formats.items():
         columns = sites[name].shape[1]
         if target.form(fmt, columns) is None:
@@ -111,10 +113,13 @@ def formless(formats: dict[str, Format], job: Job, target: Target) -> list[str]:
     told = []
     for (name, columns), members in lost.items():
 
-        def has_form(fmt: Format, columns: int = columns) -> bool:
-            return target.form(fmt, columns) is not None
+        def runs(fmt: Format, member: str = members[0], columns: int = columns) -> bool:
+            if target.form(fmt, columns) is None:
+                return False
+            matrix = Matrix(member, columns, job.program.config)
+            return not clients or any(client.refuses(fmt, matrix) is None for client in clients)
 
-        told.append(no_form(target.name, parse(name), members, columns, has_form))
+        told.append(no_form(target.name, parse(name), members, columns, runs))
     return told
 
 
