@@ -12,6 +12,7 @@ import aqtx
 from aqtx.checkpoint.exports.run import export
 from aqtx.checkpoint.huggingface.names import from_disk
 from aqtx.errors import InputError
+from tests.marks import slow
 from tests.model_cases import oracle
 from tests.quantized_folders import config_of, quantized
 from tests.tiny import write_checkpoint
@@ -85,7 +86,7 @@ def test_experts_of_one_scheme_load_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["mixtral", "deepseek-v3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3-moe", "qwen2-moe"))],
+    ["mixtral", *slow("deepseek-v3", "qwen3-moe", "qwen2-moe")],
 )
 def test_experts_of_other_families_load_bit_for_bit(family: str, tmp_path: Path) -> None:
     oracle(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
@@ -184,7 +185,7 @@ def decompressed(tensors: dict[str, torch.Tensor], key: str, bits: int, group: i
     return ((codes.unflatten(1, (-1, group)) - zero[..., None]) * scale[..., None]).flatten(1)
 
 
-@pytest.mark.parametrize("name", ["int4_g32_asym", "int3_g32_asym", "int5_g32_asym", "int8_g32_asym"])
+@pytest.mark.parametrize("name", ["int3_g32_asym", *slow("int4_g32_asym", "int5_g32_asym", "int8_g32_asym")])
 def test_asymmetric_experts_are_what_compressed_tensors_unpacks(name: str, tmp_path: Path) -> None:
     """For vLLM; transformers reads their zero points in a wrong shape and is told so."""
     folder = quantized(write_checkpoint(tmp_path / "source"), tmp_path / "q", {"*.experts.*": name})

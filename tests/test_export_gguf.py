@@ -15,6 +15,7 @@ from aqtx.errors import InputError
 from aqtx.formats import dequantized
 from aqtx.text.tokens import evaluation, load_tokenizer
 from tests.llama_cpp import DECODERS, Model, decode
+from tests.marks import slow
 from tests.model_cases import oracle
 from tests.quantized_folders import quantized, with_tokenizer
 
@@ -84,7 +85,9 @@ def test_text_becomes_the_same_tokens(dense: tuple[Path, Path]) -> None:
         assert model.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe", "olmoe", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "olmoe", *slow("mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe", "smollm3")]
+)
 def test_each_family_computes_our_logits(name: str, tmp_path: Path) -> None:
     """Unquantized in float32, so that only the order of sums differs.
 

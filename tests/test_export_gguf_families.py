@@ -21,14 +21,17 @@ from aqtx.models.on_disk import text_config
 from aqtx.passes.assign_plan import AssignPlan
 from tests.gguf_cases import ALL, CASE_OF, SIZES, SWITCHES, TIED, ids_of, made, save_own
 from tests.llama_cpp import Model
+from tests.marks import slow_but
 from tests.model_cases import CASES, LLAMA3, YARN, oracle
 from tests.quantized_folders import quantized, with_tokenizer
 from tests.test_export_gguf import nll
 from tests.test_models_deepseek import CONFIG as DEEPSEEK
 from tests.true_configs import TRUE_CONFIGS
 
+QUICK = ("qwen3_5_moe_text", "gpt_oss", "deepseek_v3")  # linear attention, sinks and biases, latent attention
 
-@pytest.mark.parametrize("case", [*CASE_OF, *(pytest.param(case, marks=pytest.mark.slow) for case in SWITCHES)])
+
+@pytest.mark.parametrize("case", slow_but(QUICK, [*CASE_OF, *SWITCHES]))
 def test_llama_cpp_computes_our_logits(case: str, tmp_path: Path) -> None:
     """In float32, as `test_export_gguf.py` has it: keys and values in half precision leave some 2e-3.
 
@@ -82,7 +85,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "settings", "says"), REFUSALS)
+@pytest.mark.parametrize(("case", "settings", "says"), slow_but(REFUSALS[::4], REFUSALS))
 def test_what_llama_cpp_computes_otherwise_is_refused(
     case: str, settings: dict[str, Any], says: str, tmp_path: Path
 ) -> None:

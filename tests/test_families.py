@@ -25,6 +25,7 @@ from aqtx.program.accounting import account
 from aqtx.program.generate import Generator, Sampling, Writes
 from aqtx.registry import Pass
 from aqtx.runs.pipeline import run
+from tests.marks import slow, slow_but
 from tests.model_cases import CASES, oracle, token_ids
 
 # One case a family, with what sets it apart.
@@ -47,9 +48,8 @@ FAMILIES = (
 )
 
 
-# What stands for the others in the default suite: plain experts, latent attention, sinks, linear attention, no experts.
-QUICK = ("olmoe", "deepseek-v3", "gpt-oss", "qwen3-5-moe", "llama")
-PARAMS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+# What stands for the others in the default suite: plain experts, latent attention, linear attention.
+PARAMS = slow_but(("olmoe", "deepseek-v3", "qwen3-5-moe"), FAMILIES)
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -150,7 +150,7 @@ def test_exported_for_transformers(source: Path, tmp_path: Path) -> None:
     assert (found - expected).abs().max() <= 2e-6 * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "granitemoe"])
+@pytest.mark.parametrize("name", ["gpt-oss", *slow("granitemoe")])
 def test_experts_that_no_program_loads_one_by_one_are_refused(name: str, tmp_path: Path) -> None:
     oracle(name).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     aqtx.save(rounded(tmp_path / "source", None, Quantize()), tmp_path / "saved")

@@ -18,6 +18,7 @@ from aqtx.sensitivity import text_gradients as text_gradients_module
 from aqtx.sensitivity.fisher import KEYS, Detail, measure_fisher
 from aqtx.sensitivity.measured import requests
 from aqtx.sensitivity.selection import unique_sites
+from tests.marks import slow
 from tests.tiny import write_checkpoint
 
 FORMATS = [parse(name) for name in ("int3", "mxfp4", "mxfp8")]
@@ -168,7 +169,7 @@ class Stopping(Context):
             yield item
 
 
-KILLED = [(0, "direction"), (1, "direction"), (2, "direction"), (2, "element"), (1, "matrix")]
+KILLED = [(1, "direction"), *slow((0, "direction"), (2, "direction"), (2, "element"), (1, "matrix"))]
 
 
 @pytest.mark.parametrize(("stop", "detail"), KILLED)

@@ -64,7 +64,7 @@ def check(cases: list[tuple[str, int]]) -> None:
     assert not wrong
 
 
-@pytest.fixture(params=[True, False], ids=["kernel", "plain"])
+@pytest.fixture(params=[pytest.param(True, id="kernel", marks=pytest.mark.slow), pytest.param(False, id="plain")])
 def _kernel_or_none(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param and not kernel.available():
         pytest.skip("no compiled kernel")

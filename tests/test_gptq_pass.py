@@ -17,6 +17,7 @@ from aqtx.formats import quantize
 from aqtx.passes.gptq import Gptq
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context
+from tests.marks import slow
 from tests.tiny import OLMOE, random_model, write_checkpoint
 
 KEPT = ("router", "lm_head")
@@ -160,7 +161,7 @@ def records(work: Path) -> list[Path]:
     return sorted(work.glob("gptq-*/block-*.json"))
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [1, *slow(3)])
 def test_killed_and_resumed_gives_the_same_bytes(checkpoint, ids, tmp_path, after) -> None:
     unbroken = prepare(checkpoint)
     run(unbroken, ids)
@@ -203,8 +204,14 @@ if __name__ == "__main__":
     child(*sys.argv[1:])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("inputs", ["rounded", "original"])
+@pytest.mark.parametrize(
+    ("value", "inputs"),
+    [
+        (float("nan"), "rounded"),
+        (float("inf"), "original"),
+        *slow((float("nan"), "original"), (float("inf"), "rounded")),
+    ],
+)
 def test_a_weight_that_is_not_finite_is_named(ids, value: float, inputs: str) -> None:
     for wanted in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.experts.1.up_proj"):
         source = random_model(dtype=torch.float32)

@@ -17,14 +17,10 @@ from aqtx.formats import quantize
 from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
 from aqtx.program.edits import Hadamard, QuantizeActivation
+from tests.marks import slow
 from tests.model_cases import oracle, token_ids
 
 FORMATS = ("mxfp4", "int4_g32_asym", "mxfp6", "nvfp4")
-
-
-def slow(*names: str) -> list[Any]:
-    """Cases that repeat a kind that another case covers."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def quantized(folder: Path, source: Path, *, passes: tuple[Any, ...] = (), dtype: torch.dtype | None = None) -> Path:

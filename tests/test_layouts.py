@@ -164,6 +164,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 def test_no_layout_takes_more_memory_than_a_few_matrices(tmp_path: Path) -> None:
     """The whole is 100 MB; a matrix is read as 1 MB of float32, and the one before it may still be there.
 

@@ -118,6 +118,7 @@ print(json.dumps([told | {"all": max(told.values())}, peaks]))
 """
 
 
+@pytest.mark.slow
 def test_the_estimate_is_near_what_is_measured(tmp_path: Path) -> None:
     """In a process of its own, where nothing else has taken memory; stages long enough to be sampled."""
     settings = {"output": str(tmp_path / "run"), "report": False, "calibration.num_sequences": 16}

@@ -85,6 +85,7 @@ def values(weight: Any) -> torch.Tensor:
     return plain
 
 
+@pytest.mark.slow
 def test_two_ranks_share_fisher_information_and_evaluation(tmp_path: Path) -> None:
     """Each runs its own sequences, with the labels that one process would draw: same plan and scores, byte for byte."""
     plan = {"method": "fisher", "candidates": ["mxfp4", "mxfp8"], "average_bits": 6.0, "keep": ["lm_head"]}

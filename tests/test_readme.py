@@ -176,6 +176,7 @@ def test_the_python_example_runs(workspace, capsys):
     assert capsys.readouterr().out.startswith("4.12")  # INT4 with a bf16 scale for 128
 
 
+@pytest.mark.slow  # a minute of C++; test_formats_compile.py compiles smaller graphs
 def test_the_compiled_model_agrees_with_the_eager_one(workspace):
     names: dict = {}
     exec(compile(only("compile"), "README.md", "exec"), names)

@@ -8,6 +8,7 @@ import torch
 import aqtx
 from aqtx.checkpoint.exports.run import export
 from aqtx.runs.recipe import shipped_recipes
+from tests.marks import slow_but
 
 SMALL = {
     "calibration__num_sequences": 10,
@@ -27,7 +28,7 @@ RUNS = {
     "vllm_mixed": ({}, None),
     "router_only": ({"passes__3__finetune_router__epochs": 1}, 3.125),
 }
-SLOW = ("mixed_alpha", "mxfp4_rotated", "vllm_mixed")  # each has a sister in the default tests
+QUICK = ("int4", "vllm_int4")  # the others' methods, formats and exports have default tests of their own
 # recipes for another program -> the form that it loads, and its name
 EXPORTS = {
     "llamacpp_mixed": ("gguf", "llama.cpp"),
@@ -40,9 +41,7 @@ def test_every_recipe_is_run_by_some_test():
     assert sorted(shipped_recipes()) == sorted([*RUNS, "quickstart", "study"])  # these have test files of their own
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RUNS]
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, RUNS))
 def test_a_shipped_recipe_runs_and_reloads(name, tmp_path):
     overrides, bits = RUNS[name]
     report = aqtx.apply(name, output=str(tmp_path / name), **{**SMALL, **overrides})
