@@ -57,6 +57,35 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Scaled dot product attention of [..., S, D], with the further arguments of torch's."""
+    attend = F.scaled_dot_product_attention
+    if not _pays(q, k):
+        return attend(q, k, v, *rest, **named)
+    rest, named = tuple(map(_widened, rest)), {name: _widened(value) for name, value in named.items()}
+    return attend(q.float(), k.float(), v.float(), *rest, **named).to(q.dtype)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of batches of matrices, as torch.matmul has them."""
+    return (a.float() @ b.float()).to(a.dtype) if _pays(a, b) else torch.matmul(a, b)
+
+
+def batch_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [B, M, L] @ b [B, L, N] -> [B, M, N]."""
+    return torch.bmm(a.float(), b.float()).to(a.dtype) if _pays(a, b) else torch.bmm(a, b)
+
+
+def _pays(a: Tensor, b: Tensor) -> bool:
+    """Whether to widen a product of activations with each other, each of which is read once."""
+    rows = a.shape[-2] if a.dim() > 1 else 1
+    return is_widened(a, b) and not (isinstance(rows, int) and rows < FEWEST_ROWS)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ weight [N, K].T + bias [N] -> [..., N]."""
     rows = x.numel() // max(x.shape[-1], 1)

@@ -6,7 +6,13 @@ import torch
 
 from aqtx.machine import half_products
 
-_IN_PLACE_OF = {torch.ops.aten.linear.default: half_products.linear} if half_products.SLOW else {}
+_WIDENED = {
+    torch.ops.aten.linear.default: half_products.linear,
+    torch.ops.aten.scaled_dot_product_attention.default: half_products.attention,
+    torch.ops.aten.matmul.default: half_products.product,
+    torch.ops.aten.bmm.default: half_products.batch_product,
+}
+_IN_PLACE_OF = _WIDENED if half_products.SLOW else {}
 
 
 def runnable(target: Any) -> Any:

@@ -28,6 +28,7 @@ from aqtx.blockwise.backward import Backward
 from aqtx.blockwise.linear_rows import Rows
 from aqtx.errors import InputError
 from aqtx.formats import Format, fake_quantize
+from aqtx.machine.half_products import matmul
 from aqtx.program.program import Program
 from aqtx.program.site import Site, weight_node
 from aqtx.registry import Calibration, Context
@@ -158,7 +159,7 @@ def directional(D: Tensor, rows: Rows, num_sequences: int) -> Tensor:
     found = torch.zeros(len(D), num_sequences, dtype=torch.float64)
     for start in range(0, len(rows.x), ROWS):
         part = slice(start, start + ROWS)
-        y = (rows.x[part] @ D.flatten(0, 1).mT).unflatten(1, D.shape[:2])  # [R, formats, N]
+        y = matmul(rows.x[part], D.flatten(0, 1).mT).unflatten(1, D.shape[:2])  # [R, formats, N]
         products = (y * rows.d[part, None]).sum(-1, dtype=torch.float32)
         found.index_add_(1, rows.sequence[part].cpu(), products.double().cpu().mT)
     return found
