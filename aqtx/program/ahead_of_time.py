@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from aqtx.errors import InputError
 from aqtx.formats import QuantizedTensor, kernel, parse
 from aqtx.formats.grouped_linear_packed import dense_product
 from aqtx.formats.mixed import UNQUANTIZED, MixedExperts
 from aqtx.machine.files import writing
+from aqtx.program.bound_values import value_of
 from aqtx.program.cache_spec import CacheSpec, of_graph, to_text
+from aqtx.program.fuse_linears import fuse_linears
 from aqtx.program.hadamard_op import OP as HADAMARD
 from aqtx.program.program import Program
 from aqtx.program.run_ops import traced
@@ -50,6 +52,8 @@ def compile_entry(program: Program, entry: str, file: Path, told: Mapping[str, s
     module = cast(fx.GraphModule, program.module(entry))
     for node in module.graph.nodes:
         node.target = traced(node.target)
+    if _is_native(program.device):
+        fuse_linears(module)
     _lower_plain_experts(module, program.device)
     _lower_attention(module, program.device)
     _refuse_python(module, program.device)
@@ -93,16 +97,21 @@ def _inputs(caches: list[CacheSpec], device: torch.device) -> tuple[tuple[Any, .
     return (ids, pos, start, made), (free, {0: _DYNAMIC}, {0: _DYNAMIC}, grows)
 
 
+def _is_native(device: torch.device) -> bool:
+    """Whether the package may call the compiled kernel."""
+    return device.type == "cpu" and kernel.available()
+
+
 def _lower_plain_experts(module: fx.GraphModule, device: torch.device) -> None:
     """Experts that are not packed: the same products, bit for bit, by an op that is no Python."""
     for node in module.graph.nodes:
-        if node.target is not _GROUPED or isinstance(_value(module, node.args[1]), QuantizedTensor | MixedExperts):
+        if node.target is not _GROUPED or isinstance(value_of(module, node.args[1]), QuantizedTensor | MixedExperts):
             continue
         if device.type != "cpu":
             node.target = dense_product
-        elif kernel.available():
+        elif _is_native(device):
             x, weight, offsets = node.args
-            experts, rows, _ = _value(module, weight).shape
+            experts, rows, _ = value_of(module, weight).shape
             node.target = torch.ops.aqtx_cpu.grouped.default
             node.args = (x, offsets, [weight], _PLAIN_SPEC, list(range(experts)), rows)
     module.recompile()
@@ -113,7 +122,7 @@ def _lower_attention(module: fx.GraphModule, device: torch.device) -> None:
 
     The same function, rounded elsewhere. Calls of another form than `models/attention.py` makes stay as they are.
     """
-    if device.type != "cpu" or not kernel.available():
+    if not _is_native(device):
         return
     for node in list(module.graph.nodes):
         if node.target is not _ATTENTION or len(node.args) != 4 or not set(node.kwargs) <= {"enable_gqa", "scale"}:
@@ -142,7 +151,7 @@ def _refuse_python(module: fx.GraphModule, device: torch.device) -> None:
                 f"experts (node {node.name}) need the compiled kernel in a package for a CPU, and there is none: unset "
                 "AQTX_KERNEL, and install g++"
             )
-        unknown = _undecoded(_value(module, node.args[1])) if device.type == "cpu" else []
+        unknown = _undecoded(value_of(module, node.args[1])) if device.type == "cpu" else []
         if unknown:
             raise InputError(
                 f"experts (node {node.name}) of {', '.join(unknown)}, which the compiled kernel does not decode, have "
@@ -154,13 +163,6 @@ def _undecoded(value: Tensor) -> list[str]:
     """Formats of a stack of experts that the compiled kernel does not know."""
     names = value.formats if isinstance(value, MixedExperts) else [getattr(value, "format_name", UNQUANTIZED)]
     return sorted({name for name in names if not kernel.decodes(parse(name))})
-
-
-def _value(module: nn.Module, node: fx.Node) -> Tensor:
-    """The weight that a get_attr node names."""
-    owner, _, leaf = str(node.target).rpartition(".")
-    value: Tensor = getattr(module.get_submodule(owner), leaf)
-    return value
 
 
 def _needs_kernel(file: Path) -> bool:
