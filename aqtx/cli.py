@@ -67,13 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in words or bool(os.environ.get("AQTX_DEBUG"))
+
+    def only_debugging(record: logging.LogRecord) -> bool:
+        return show_traceback
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for its users; read when it is imported
     keep_few_kernels()
     try:
         arguments = parse_arguments(words)
         # torchao registers its enums in a way that torch 2.13 logs a deprecation for; it is none of a user's business.
-        # A filter, since torch sets its loggers' levels anew when it is imported.
-        with warnings.catch_warnings(), filtered("torch.utils._pytree", _is_no_enum_notice):
+        # Filters, since torch sets its loggers' levels anew when it is imported; what a trace fails of is told by us.
+        with (
+            warnings.catch_warnings(),
+            filtered("torch.utils._pytree", _is_no_enum_notice),
+            filtered("torch._subclasses.fake_tensor", only_debugging),
+        ):
             warnings.showwarning = _show_warning
             with ending_signals(), redirect_stdout(cast(TextIO, _Escaping(sys.stdout))):
                 status: int = arguments.run(arguments)

@@ -64,6 +64,7 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie every other layer": ("ernie-moe", {"moe_layer_start_index": 1, "moe_layer_interval": 2}),
     "llama yarn, another scale": ("llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}}),
     "qwen3 yarn, other bounds": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 16.0, "attention_factor": 1.3}}),
+    "smollm3 by its list": ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4}),
 }
 ALL = CASE_OF | SWITCHES
 

@@ -81,6 +81,12 @@ REFUSALS = [
     ("gemma3_text", {"attention_bias": True}, "attention_bias"),
     ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
     ("ernie4_5_moe", {"num_hidden_layers": 4, "moe_layer_end_index": 2}, "up to the last layer"),
+    ("smollm3 by its list", {"no_rope_layers": None}, "all but every fourth layer"),
+    (
+        "smollm3 by its list",
+        {"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 0, 1]},
+        "all but every fourth layer",
+    ),
     ("glm4_moe", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "no rotary variant 'llama3'"),
 ]
 

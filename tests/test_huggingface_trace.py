@@ -1,14 +1,17 @@
 """Models that aqtx does not implement: transformers' own modules, traced, quantized, written and read back."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import aqtx
 from aqtx.checkpoint.open import open_program
+from aqtx.cli import main
 from aqtx.errors import InputError
 from aqtx.formats import quantize
 from aqtx.passes.assign_plan import AssignPlan
@@ -124,3 +127,52 @@ def test_gptq_walks_the_blocks_of_a_foreign_model(model_type):
     planned = [site.name for site in program.sites() if site.get("format") == "int4"]
     assert planned
     assert [name for name in planned if name not in program.codes] == []
+
+
+def test_buffers_that_checkpoints_hold_come_in_the_models_dtype(tmp_path: Path) -> None:
+    """MiniMax stores its decays, which transformers loads in bf16 and multiplies with activations in bf16."""
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 2, "block_size": 32, "head_dim": 16}
+    settings |= {"layer_types": ["linear_attention", "full_attention"]}
+    foreign("minimax", **settings).to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    program, ids = aqtx.trace(tmp_path), token_ids(2, 19)
+    held = {name: value for name, value in theirs.named_buffers() if name.endswith(("decay", "slope_rate"))}
+    assert len(held) == 4
+    for name, value in held.items():
+        assert torch.equal(program.weights.get(name), value)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits.float()
+    # Both round to 8 bits behind every op, in orders of their own.
+    assert (program.module()(ids).float() - expected).abs().median() <= 2**-8 * expected.abs().max()
+
+
+def test_a_model_that_cannot_be_exported_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch logs the stack of an op that fails on meta, which a user gets only for debugging."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, 4))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(self.weight[None].float(), self.weight[None].to(torch.bfloat16)) + ids.sum()
+
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", told.append)
+    foreign("phi").config.save_pretrained(tmp_path)
+    monkeypatch.setattr("aqtx.checkpoint.huggingface.open.skeleton", lambda config: Mixed())
+    words = [f"model.source={tmp_path}", f"output={tmp_path / 'out'}", "--config-only"]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        assert main(["plan", "quickstart", *words]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "cannot be exported by torch.export" in line
+        assert not told
+        assert main(["plan", "quickstart", *words, "--traceback"]) == 2
+        assert told
+    finally:
+        logger.removeHandler(handler)

@@ -145,6 +145,11 @@ def _equal_heads(parsed: Any) -> list[str]:
     return ["has as many key heads as query heads"] if unequal else []
 
 
+def _smollm3_limits(parsed: Any) -> list[str]:
+    told = all(turned == ((layer + 1) % 4 != 0) for layer, turned in enumerate(parsed.decoder.rotated))
+    return [] if told else ["has rotary positions in all but every fourth layer"]
+
+
 def _delta_limits(parsed: Any) -> list[str]:
     told = [] if tell.period(parsed.linear_layers) is not None else ["wants attention in every so-manieth layer"]
     if parsed.delta.key_size != parsed.delta.value_size:
@@ -206,12 +211,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(arch="llama", numbers=_sparse, rules=PAIRED, ropes=_DIVISORS),
     "qwen2": Family(arch="qwen2", numbers=_dense, assumed=_NO_WINDOW),
     "qwen3": Family(arch="qwen3", numbers=_dense, assumed=_NO_WINDOW | _NO_BIAS, outer_scales=_WITH_MLP),
-    "smollm3": Family(
-        arch="smollm3",
-        numbers=_dense,
-        rules=PAIRED,
-        assumed={"no_rope_layer_interval": (None, 4)} | _NO_WINDOW,
-    ),
+    "smollm3": Family(arch="smollm3", numbers=_dense, rules=PAIRED, assumed=_NO_WINDOW, limits=_smollm3_limits),
     "olmoe": Family(
         arch="olmoe",
         numbers=_sparse,

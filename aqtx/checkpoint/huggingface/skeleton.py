@@ -61,7 +61,7 @@ def canonicalize(model: nn.Module) -> nn.Module:
     traceable_long_rope(model)
     for module in model.modules():
         for name in module._buffers.keys() - module._non_persistent_buffers_set:
-            store_as_parameter(module, name)
+            store_as_parameter(module, name, keeps_dtype=name.endswith("bias"))
     original = model.forward
 
     def score(ids: Tensor) -> Tensor:
@@ -72,12 +72,16 @@ def canonicalize(model: nn.Module) -> nn.Module:
     return model
 
 
-def store_as_parameter(module: nn.Module, name: str) -> None:
-    """Make a buffer that checkpoints hold (a router's correction bias) a weight, which is read and written."""
+def store_as_parameter(module: nn.Module, name: str, *, keeps_dtype: bool) -> None:
+    """Make a buffer that checkpoints hold a weight, which is read and written.
+
+    A router's correction bias stays in float32; anything else (MiniMax's decays) is multiplied with activations and
+    comes in the model's dtype, as transformers loads it.
+    """
     value = module._buffers.pop(name)
     assert value is not None
     made = nn.Parameter(value.to("meta"), requires_grad=False)
-    made.keeps_dtype = True  # type: ignore[attr-defined]
+    made.keeps_dtype = keeps_dtype  # type: ignore[attr-defined]
     module.register_parameter(name, made)
 
 
