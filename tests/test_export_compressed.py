@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import aqtx
 from aqtx.checkpoint.exports.run import export
 from aqtx.checkpoint.huggingface.names import from_disk
+from aqtx.checkpoint.open import open_program
 from aqtx.errors import InputError
 from tests.marks import slow
 from tests.model_cases import oracle
@@ -216,3 +217,16 @@ def test_experts_that_transformers_does_not_load_are_for_vllm(
     assert made.clients == ("vllm",) and any("not for transformers" in note for note in made.notes)
     [group] = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
     assert group["format"] == form and (group["input_activations"] is not None) == (inputs != "none")
+
+
+def test_a_changed_file_is_told_by_its_checksum(tmp_path: Path) -> None:
+    oracle("llama", **WIDE | {"num_hidden_layers": 1}).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    folder = quantized(tmp_path / "source", tmp_path / "q", {"*.up_proj": "int4_g32"})
+    made = export(folder, "compressed-tensors", tmp_path / "out").path
+    open_program(made, None, check_files=True)
+    [weights] = made.glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match=r"safetensors is not what was written: its SHA-256 differs"):
+        open_program(made, None, check_files=True)

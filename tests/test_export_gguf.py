@@ -126,6 +126,7 @@ def test_the_shipped_model_scores_text_as_ours(tmp_path: Path) -> None:
     ("formats", "says"),
     [
         ({"*.experts.*": "mxfp8"}, r"gguf has no form for mxfp8_e4m3 in rows of 256: 128 matrices.* is int8"),
+        ({"*.down_proj": "q4_k"}, r"gguf has no form for q4_k in rows of 128: 64 .* is mxfp4$"),
         ({"*.experts.*": "nvfp4"}, r"llama.cpp has no form for nvfp4 .*computes NaN"),
         ({"*.experts.3.*": "int4"}, r"experts of a layer and projection are one tensor"),
     ],

@@ -12,11 +12,12 @@ from aqtx.checkpoint.exports.nearest_form import nearest_form
 from aqtx.checkpoint.exports.table import TARGETS
 from aqtx.checkpoint.exports.target import Client, Job, Matrix, Target, captured
 from aqtx.checkpoint.open import open_program
-from aqtx.checkpoint.write import MODEL_FILES
+from aqtx.checkpoint.write import MODEL_FILES, write_checksums
 from aqtx.errors import InputError, nearest
 from aqtx.formats import QuantizedTensor
 from aqtx.formats.table import NVFP4_SCALE, Format, parse
 from aqtx.machine.command_output import made_file, made_folder
+from aqtx.machine.marker import own_files
 from aqtx.program.edits import QuantizeActivation, by_weight, in_force
 from aqtx.program.program import Program
 
@@ -69,6 +70,8 @@ def export(
         checked = target.verify(job) if verify else None
         if checked is not None and checked.problems:
             raise InputError(*_first(checked.problems, "what was written is not what was meant: "))
+        if staged.is_dir():
+            write_checksums(staged, own_files(staged))
     files = [place] if place.is_file() else list(place.glob("*.safetensors"))
     return Exported(
         path=place, bytes=sum(file.stat().st_size for file in files), clients=clients, notes=notes, checked=checked
