@@ -231,6 +231,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_study_that_is_asked_to_end_says_how_it_goes_on(tmp_path):
     words = [sys.executable, "-c", STOPPED, *STUDY, f"output={tmp_path / 'run'}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

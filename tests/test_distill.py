@@ -16,6 +16,7 @@ from aqtx.passes.unfreeze import Unfreeze
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context
 from aqtx.runs.resume_points import restore_state, save_state
+from tests.marks import slow
 from tests.tiny import OLMOE, random_model
 
 LLAMA = OLMOE | {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True}
@@ -49,7 +50,9 @@ MLP = ("mlp_gate", "mlp_up", "mlp_down")
 
 
 @pytest.mark.parametrize(
-    ("config", "what"), [(OLMOE, ("router", "norm", "attention")), (LLAMA, ("norm", "bias"))], ids=["olmoe", "llama"]
+    ("config", "what"),
+    [(OLMOE, ("router", "norm", "attention")), *slow((LLAMA, ("norm", "bias")))],
+    ids=["olmoe", "llama"],
 )
 def test_predictions_come_nearer_and_only_the_parts_move(config: dict, what: tuple[Part, ...], ids: torch.Tensor):
     program, untouched = rounded(config, MLP), rounded(config, MLP)

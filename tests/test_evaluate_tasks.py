@@ -117,6 +117,7 @@ def test_a_quantized_model_answers_as_its_export_does_in_lm_evals_backend(progra
     assert any(str(plain[name].samples) != str(first[name].samples) for name in names)  # it was quantized
 
 
+@pytest.mark.slow
 def test_few_shot_prompts_and_generation_agree_with_it(ours, theirs, folder):
     mine = run_tasks(ours, ["gsm8k"], include_path=folder, num_fewshot=2)["gsm8k"]
     other = run_tasks(theirs, ["gsm8k"], include_path=folder, num_fewshot=2)["gsm8k"]

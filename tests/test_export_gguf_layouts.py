@@ -71,6 +71,7 @@ def test_qwen3_next_has_queries_keys_values_and_gates_apart(tmp_path: Path) -> N
     assert torch.equal(file("output_norm.weight", 64), 1 + plain(program, "model.norm.weight"))
 
 
+@pytest.mark.slow
 def test_qwen3_5_has_value_heads_in_turn(tmp_path: Path) -> None:
     """Heads 0 and 1 read key head 0, heads 2 and 3 key head 1: the file has them as 0, 2, 1, 3."""
     formats = {"*.in_proj_z": "q4_k", "*.in_proj_qkv": "int4_g32", "*.linear_attn.out_proj": "int8_g32"}
@@ -108,6 +109,7 @@ def test_deepseek_has_keys_turned_a_head(fmt: str | None, tmp_path: Path) -> Non
     assert torch.equal(file("blk.1.exp_probs_b.bias", 8), bias)
 
 
+@pytest.mark.slow
 def test_gpt_oss_has_biases_of_gate_and_up_apart(tmp_path: Path) -> None:
     program, file = rounded("gpt_oss", tmp_path, {"*.experts.*": "mxfp4"})
     block = "model.layers.0"

@@ -19,6 +19,7 @@ from aqtx.program.edits import QuantizeActivation
 from aqtx.program.program import Program
 from aqtx.registry import Changes, Context
 from tests.foreign_models import foreign
+from tests.marks import slow
 from tests.tiny import OLMOE, random_model
 
 LLAMA = OLMOE | {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True}
@@ -56,7 +57,7 @@ def losses_and_gradients(student: Scores, start: dict[str, Tensor], ids: Tensor,
 
 
 @pytest.mark.parametrize("family", PARTS)
-@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("rows", [3, *slow(2)])
 def test_losses_and_gradients_are_those_of_the_whole_model(family: str, rows: int) -> None:
     """Sums of some hundred products in float32, in another order where a batch is cut: 1e-4 of the largest."""
     program, ids = rounded(family), torch.randint(0, 90, (5, 16), generator=torch.Generator().manual_seed(1))
@@ -72,7 +73,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(family: str, rows: in
         assert float((one - other).abs().max()) <= 1e-4 * float(one.abs().max())
 
 
-@pytest.mark.parametrize("work", [False, True])
+@pytest.mark.parametrize("work", [True, *slow(False)])
 def test_a_pass_without_room_reports_what_one_with_room_does(tmp_path: Path, work: bool) -> None:
     ids = torch.randint(0, 12, (20, 16), generator=torch.Generator().manual_seed(0))
 

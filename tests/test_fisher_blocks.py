@@ -103,7 +103,7 @@ def assert_equal_fisher(program: Program, context: Context, detail: Detail, tole
     assert len(expected) == len(unique_sites(program)) and scale > 0
 
 
-@pytest.mark.parametrize("detail", ["direction", "element", "matrix"])
+@pytest.mark.parametrize("detail", ["direction", *slow("element", "matrix")])
 def test_the_shipped_model(detail: Detail) -> None:
     """float32 sums of 1e5 terms of both signs err by some 1e5^0.5 * 2^-24 of a term; cancellation takes more digits."""
     assert_equal_fisher(aqtx.trace("tinymoe", dtype=torch.float32), context_of(3072), detail, 1e-3)

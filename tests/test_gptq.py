@@ -12,6 +12,7 @@ from aqtx.numerics.cholesky import factor
 from aqtx.numerics.gptq import Options, gptq, solve
 from aqtx.numerics.gptq_rows import Contest, Left, bound_basis, row_errors
 from aqtx.numerics.gptq_sweeps import Descent, RowGrid
+from tests.marks import slow, slow_but
 
 EXTRA = [
     "int4_asym",
@@ -67,7 +68,7 @@ def textbook(W: torch.Tensor, H: torch.Tensor, scale: torch.Tensor, damp_fractio
 
 
 @pytest.mark.parametrize("num_inputs", [256, 200])  # 200: a ragged last block
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", slow_but(FORMATS[::3], FORMATS))
 def test_every_format(name: str, num_inputs: int) -> None:
     W, eye = weights(2, 24, num_inputs), 7.0 * torch.eye(num_inputs).expand(2, -1, -1)
     nearest = quantize(W, name)
@@ -245,7 +246,7 @@ def test_bounds_decide_as_the_errors_do() -> None:
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])
-@pytest.mark.parametrize("name", ["int4", "int3_g32", "int4_asym", "mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "nvfp4"])
+@pytest.mark.parametrize("name", ["int3_g32", "mxfp4", *slow("int4", "int4_asym", "mxfp6_e2m3", "mxfp8_e4m3", "nvfp4")])
 def test_compiled_columns_give_the_same_bits(name: str, order: str, monkeypatch) -> None:
     if not kernel.available():
         pytest.skip("no compiler")

@@ -13,6 +13,7 @@ from aqtx.formats import quantize
 from aqtx.passes.fold_norms import FoldNorms
 from aqtx.passes.insert_hadamard import InsertHadamard
 from aqtx.program.generate import Generator, Sampling
+from tests.marks import slow_but
 
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}
 # experts with a cache; a state in the cache's place; biases and a partial rotation; rotations and tied embeddings
@@ -38,7 +39,7 @@ def rounded(folder: Path, model_type: str) -> aqtx.Program:
     return aqtx.load(folder / "saved")
 
 
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", slow_but(("phimoe",), KINDS))
 def test_greedy_and_drawn_tokens_are_those_of_the_scoring_graph(model_type: str, tmp_path: Path) -> None:
     program = rounded(tmp_path, model_type)
     generator, rescoring = generator_of(program), Generator(program)

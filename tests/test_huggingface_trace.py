@@ -17,6 +17,7 @@ from aqtx.formats import quantize
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
 from tests.foreign_models import FOREIGN, foreign
+from tests.marks import slow
 from tests.model_cases import oracle, token_ids
 
 
@@ -33,7 +34,7 @@ def difference(program: aqtx.Program, model: nn.Module) -> float:
 SLOW = [pytest.param(model_type, marks=pytest.mark.slow) for model_type in ("gemma", "granitemoe")]
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "phi", "gpt_neox", "qwen3_moe", "gpt_oss", *SLOW])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss", *slow("phi", "gpt_neox", "qwen3_moe"), *SLOW])
 def test_modules_in_memory_trace_to_canonical_graphs(model_type: str) -> None:
     theirs = foreign(model_type)
     program = aqtx.trace(theirs)
@@ -45,7 +46,7 @@ def test_modules_in_memory_trace_to_canonical_graphs(model_type: str) -> None:
     assert difference(program, theirs) <= 2e-6
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3", *SLOW])
+@pytest.mark.parametrize("model_type", ["gpt_oss", *slow("qwen3_moe", "deepseek_v3"), *SLOW])
 def test_folders_are_quantized_written_and_read_back(model_type: str, tmp_path: Path) -> None:
     """gemma and qwen3_moe are read by name; of the others only transformers can translate the names."""
     theirs = foreign(model_type)
@@ -64,7 +65,7 @@ def test_folders_are_quantized_written_and_read_back(model_type: str, tmp_path: 
     assert difference(loaded, theirs) > 1e-3, "nothing was quantized"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama-tied"])
+@pytest.mark.parametrize("name", ["mixtral", *slow("llama-tied")])
 def test_modules_of_our_own_families_take_our_names(name: str, tmp_path: Path) -> None:
     theirs = oracle(name)
     program = aqtx.trace(theirs)
@@ -119,7 +120,7 @@ def test_a_type_that_nobody_knows_is_refused(tmp_path: Path) -> None:
         aqtx.trace(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", "gemma3_text", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", *slow("gemma3_text", "granitemoe")])
 def test_gptq_walks_the_blocks_of_a_foreign_model(model_type):
     """transformers' graphs carry the device of the trace in positional arguments, ours do not."""
     plan = AssignPlan(method="uniform", candidates=("int4",))

@@ -13,6 +13,7 @@ from aqtx.checkpoint.huggingface.open import trace_foreign
 from aqtx.models.layers import Experts, route
 from aqtx.planning.options import choose
 from aqtx.planning.settings import Settings
+from tests.marks import slow, slow_but
 from tests.model_cases import SMALL, oracle
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 2}
@@ -74,7 +75,7 @@ def by_category(program: aqtx.Program) -> dict[str, set[str]]:
     return dict(found)
 
 
-@pytest.mark.parametrize("model_type", FOREIGN)
+@pytest.mark.parametrize("model_type", [*slow(*FOREIGN)])
 def test_roles_of_traced_families(model_type: str) -> None:
     from transformers import AutoConfig
 
@@ -83,7 +84,7 @@ def test_roles_of_traced_families(model_type: str) -> None:
     assert by_category(trace_foreign(config, None, torch.float32)) == expected | HEAD
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", slow_but(("deepseek-v3", "llama"), OWN))
 def test_roles_of_own_families(name: str) -> None:
     assert by_category(aqtx.trace(oracle(name))) == OWN[name] | HEAD
 

@@ -22,6 +22,7 @@ from aqtx.runs.opening import calibration_of, documents_of
 from aqtx.runs.recipe import parse_recipe
 from aqtx.text.sources import Passage, read_passages
 from aqtx.text.tokens import Document
+from tests.marks import slow
 from tests.tiny import OLMOE, hub_tensors, random_model, write_checkpoint
 
 ROWS = [{"text": "one", "domain": "a"}, {"text": "two"}]
@@ -87,7 +88,7 @@ def test_tokens_beyond_the_embedding_are_told(program, tmp_path, wrong):
         documents_of(program, f"{tmp_path}/x.jsonl")
 
 
-@pytest.mark.parametrize("kind", ["gptj", "codegen", "gpt_bigcode", "opt"])
+@pytest.mark.parametrize("kind", ["gptj", *slow("codegen", "gpt_bigcode", "opt")])
 def test_a_context_under_another_name_is_kept(tmp_path, kind):
     small = {"vocab_size": 96, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 24, "rotary_dim": 8}
     small |= {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 24}
