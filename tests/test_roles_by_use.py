@@ -75,7 +75,7 @@ def by_category(program: aqtx.Program) -> dict[str, set[str]]:
     return dict(found)
 
 
-@pytest.mark.parametrize("model_type", [*slow(*FOREIGN)])
+@pytest.mark.parametrize("model_type", slow(*FOREIGN))
 def test_roles_of_traced_families(model_type: str) -> None:
     from transformers import AutoConfig
 
