@@ -80,7 +80,7 @@ def ours(folder: Path, slots: int) -> Contender:
         logits = package.step(torch.arange(PROMPT)[None], torch.arange(PROMPT), start, cache)
         began = time.process_time()
         for position in range(PROMPT, PROMPT + num_tokens):
-            ids: Tensor = logits[:, -1].argmax(-1, keepdim=True)
+            ids: Tensor = logits[:, -1].float().argmax(-1, keepdim=True)
             logits = package.step(ids, torch.tensor([position]), start, cache)
         return time.process_time() - began
 

@@ -210,7 +210,7 @@ def test_what_a_package_tells_of_itself(packaged) -> None:
     made = open_package(packaged.path)
     with pytest.raises(InputError, match="the token 192, but the model's embedding has the tokens 0 to 191"):
         Generator.over(made).continue_greedily([[192]], max_new_tokens=1)
-    assert calls_of(packaged.path) == {"aqtx_cpu::linear", "aqtx_cpu::grouped", "aqtx_cpu::attention"}
+    assert calls_of(packaged.path) == {"aqtx_cpu::linear", "aqtx_cpu::experts", "aqtx_cpu::attention"}
 
 
 @pytest.mark.slow

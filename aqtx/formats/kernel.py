@@ -177,6 +177,10 @@ def _fake_grouped(
     return x.new_empty(x.shape[0], num_outputs)
 
 
+def _fake_experts(x: Tensor, *how: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     batch, heads, length, _ = q.shape
     return q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
@@ -186,3 +190,4 @@ def _register_fakes() -> None:
     torch.library.register_fake("aqtx_cpu::linear", _fake_linear)
     torch.library.register_fake("aqtx_cpu::grouped", _fake_grouped)
     torch.library.register_fake("aqtx_cpu::attention", _fake_attention)
+    torch.library.register_fake("aqtx_cpu::experts", _fake_experts)

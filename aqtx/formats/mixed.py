@@ -65,7 +65,7 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
         """The stacked buckets."""
         return [getattr(self, f"bucket{index}") for index in range(self.num_buckets)]
 
-    def _stacks(self) -> list[Bucket]:
+    def stacks(self) -> list[Bucket]:
         """The buckets as the grouped ops take them."""
         return [
             bucket.bucket()
@@ -102,7 +102,7 @@ class MixedExperts(TorchAOBaseTensor):  # type: ignore[misc]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[E, N, K] in the experts' order."""
-        return grouped_linear_packed.dequantize_all(self._stacks(), list(self.slots), dtype or self.orig_dtype)
+        return grouped_linear_packed.dequantize_all(self.stacks(), list(self.slots), dtype or self.orig_dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return [f"bucket{index}" for index in range(self.num_buckets)], (self.slots, self.orig_dtype)
@@ -192,7 +192,7 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(torch.ops.aqtx.grouped_linear.default)
 def _grouped_linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, stack, offsets = args
-    return grouped_linear_packed.lower(x, stack._stacks(), list(stack.slots), offsets)
+    return grouped_linear_packed.lower(x, stack.stacks(), list(stack.slots), offsets)
 
 
 @implements(torch.ops.aqtx.grouped_linear_grad_input.default)

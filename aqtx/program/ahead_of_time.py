@@ -25,6 +25,7 @@ from aqtx.formats.mixed import UNQUANTIZED, MixedExperts
 from aqtx.machine.files import writing
 from aqtx.program.bound_values import value_of
 from aqtx.program.cache_spec import CacheSpec, of_graph, to_text
+from aqtx.program.fuse_experts import fuse_experts
 from aqtx.program.fuse_linears import fuse_linears
 from aqtx.program.hadamard_op import OP as HADAMARD
 from aqtx.program.program import Program
@@ -54,6 +55,7 @@ def compile_entry(program: Program, entry: str, file: Path, told: Mapping[str, s
         node.target = traced(node.target)
     if _is_native(program.device):
         fuse_linears(module)
+        fuse_experts(module)
     _lower_plain_experts(module, program.device)
     _lower_attention(module, program.device)
     _refuse_python(module, program.device)

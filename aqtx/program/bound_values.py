@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, fx, nn
 
-from aqtx.program.inserted_ops import INSERTED_OPS
-
 
 def value_of(module: nn.Module, node: fx.Node) -> Tensor:
     """The tensor that a get_attr node names."""
@@ -23,10 +21,8 @@ def put_value(module: fx.GraphModule, name: str, value: Tensor, before: fx.Node)
 
 
 def forget_unread(module: fx.GraphModule) -> None:
-    """Drop inserted ops and parameters that nothing reads, so that they take no memory and no place in a package."""
-    for node in reversed(list(module.graph.nodes)):
-        if not node.users and (node.op == "get_attr" or node.target in INSERTED_OPS):
-            module.graph.erase_node(node)
+    """Drop nodes and parameters that nothing reads, so that they take no memory and no place in a package."""
+    module.graph.eliminate_dead_code()  # writes into a cache stay
     read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
     for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
         if name not in read:

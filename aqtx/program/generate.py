@@ -46,7 +46,7 @@ class Sampling:
         if not bool(logits.isfinite().any(-1).all()) or bool(logits.isnan().any()):
             raise InputError("the model's predictions are not finite: a weight is not, or activations overflow")
         if self.temperature == 0:
-            return logits.argmax(-1).cpu()
+            return logits.float().argmax(-1).cpu()  # of bf16 it is one by one on a CPU
         probabilities = (logits.float().cpu() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, tokens = probabilities.sort(-1, descending=True)
