@@ -1,7 +1,7 @@
 """What a scale rule costs weights and inputs: KL to the unrounded model with one of the two rounded, on held-out text.
 
     python -m benchmarks.scale_rules                                       # MX and NVFP4 of the shipped model
-    python -m benchmarks.scale_rules --formats mxfp4 --parts inputs --tokens 20000
+    python -m benchmarks.scale_rules --parts inputs --formats mxfp8 --rules floor even rceil
 
 Every matrix but router and head is rounded to nearest by a rule, or what goes into it is, token by token; the other
 stays as it is. Ratios are to the first rule of a format, paired by document. Finished arms stay in OUT/scale_rules/.
@@ -55,11 +55,13 @@ def main() -> None:
     parser.add_argument("--model", default="tinymoe")
     parser.add_argument("--formats", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--rules", nargs="+", default=["floor", "even", "rceil", "amax", "search"])
     parser.add_argument("--tokens", type=int, default=100_000, help="of held-out text (default: 100,000)")
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = [(part, fmt, rule) for part in arguments.parts for fmt in arguments.formats for rule in RULES[fmt]]
+    names = [name for name in names if name[-1] in arguments.rules]
     arms = {
         f"{part} {fmt}@{rule}": partial(measure, arguments.model, part, f"{fmt}@{rule}", arguments.tokens)
         for part, fmt, rule in names
