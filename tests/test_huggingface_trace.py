@@ -10,12 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import aqtx
+from aqtx.blockwise.block_scores import BlockScorer
 from aqtx.checkpoint.open import open_program
 from aqtx.cli import main
 from aqtx.errors import InputError
 from aqtx.formats import quantize
 from aqtx.passes.assign_plan import AssignPlan
 from aqtx.passes.gptq import Gptq
+from aqtx.program.token_ids import check_length
 from tests.foreign_models import FOREIGN, foreign
 from tests.marks import slow
 from tests.model_cases import oracle, token_ids
@@ -145,6 +147,18 @@ def test_buffers_that_checkpoints_hold_come_in_the_models_dtype(tmp_path: Path) 
         expected = theirs(input_ids=ids).logits.float()
     # Both round to 8 bits behind every op, in orders of their own.
     assert (program.module()(ids).float() - expected).abs().median() <= 2**-8 * expected.abs().max()
+
+
+def test_a_text_longer_than_a_graph_holds_for_is_refused(tmp_path: Path) -> None:
+    """MiniMax loops over pieces of a text; the trace follows the one piece of its example."""
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 2, "head_dim": 16}
+    settings |= {"layer_types": ["linear_attention", "full_attention"]}
+    program = aqtx.trace(foreign("minimax", block_size=32, **settings))
+    score = BlockScorer(program, 1 << 40)
+    assert score(token_ids(1, 32)).shape == (1, 32, 96)
+    with pytest.raises(InputError, match=r"the window is 33 tokens, but .* pieces of 32"):
+        score(token_ids(1, 33))
+    check_length(aqtx.trace(oracle("llama")), 1 << 20, "any text")
 
 
 def test_a_model_that_cannot_be_exported_is_told_in_one_line(

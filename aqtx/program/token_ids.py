@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from aqtx.errors import InputError
 from aqtx.program.program import Program
+from aqtx.program.trace import LONGEST
 
 # Names of the context length in config.json; those of the second row count positions that the model holds itself.
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
@@ -53,8 +54,14 @@ def refuse_ids(rows: int | None, sequences: Iterable[Tensor], what: str) -> None
 
 
 def check_length(program: Program, length: int, what: str) -> None:
-    """InputError where so many tokens in a row are more than the model has positions."""
+    """InputError where so many tokens in a row are more than the model has positions, or its graph holds for."""
     refuse_length(num_positions(program), length, what)
+    most = program.entries["score"].meta.get(LONGEST)
+    if most is not None and length > most:
+        raise InputError(
+            f"{what} is {length} tokens, but the model goes through texts in pieces of {most}, and its graph holds for "
+            f"one piece; take {most} or fewer"
+        )
 
 
 def refuse_length(most: int | None, length: int, what: str) -> None:

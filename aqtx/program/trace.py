@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
 
 from aqtx.errors import InputError
 from aqtx.program.functional import NotUnderstoodError, functionalize
 from aqtx.program.program import Program
 from aqtx.program.weights import Spec, WeightStore
 
+LONGEST = "longest"  # key of a graph module's `meta`: the most tokens in a row that the graph holds for, None any
 _DYNAMIC = torch.export.Dim.DYNAMIC
+_ENDLESS = 1 << 31
 _ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
@@ -127,7 +131,19 @@ def export_entry(model: nn.Module, entry: str) -> fx.GraphModule:
         functionalize(made.graph)
     except NotUnderstoodError:  # torch's own way knows every op, but takes as long as the trace and respells views
         made = canonical(exported.run_decompositions({}).module(check_guards=False))
-    return canonical(made)
+    made = canonical(made)
+    made.meta[LONGEST] = _longest(exported)
+    return made
+
+
+def _longest(exported: ExportedProgram) -> int | None:
+    """The most tokens in a row that an export holds for, where torch found a limit.
+
+    A loop over pieces of a text was followed for as many pieces as the example has.
+    """
+    ids = next(node for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs)
+    found = exported.range_constraints.get(ids.meta["val"].shape[1].node.expr)
+    return None if found is None or found.upper == int_oo or found.upper > _ENDLESS else int(found.upper)
 
 
 def example_inputs(model: nn.Module, entry: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
