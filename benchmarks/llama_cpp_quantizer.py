@@ -5,12 +5,13 @@
 llama.cpp quantizes a BF16 file of the model to each type; LIBRARY is that of `llama_cpp_file.py`. Its importance matrix
 is what its own tool collects, the mean square of each input, on the calibration text that this project uses too. The
 embedding, the head and routers stay as they are in both. The plan then gets the bytes that llama.cpp took.
-All files are decoded by `gguf` and scored alike on 100,000 tokens. Arms that are there are not measured again.
+All files are decoded by `gguf` and scored alike. Arms that are there are not measured again.
 `--dtype float32` computes everything in float32, which is many times as fast where a processor multiplies no bf16.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,14 @@ from benchmarks.llama_cpp_file import quantize_file
 KEEP = ["router", "shared_expert_gate", "lm_head"]
 CANDIDATES = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "int4_g32", "int5_g32", "int8_g32"]
 TEXT = {"source": "builtin", "num_sequences": 64, "sequence_length": 256}
-NUM_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class Computing:
+    """In which dtype all is computed, and on how many held-out tokens arms are scored."""
+
+    dtype: str
+    tokens: int
 
 
 class Squares(fx.Interpreter):
@@ -90,10 +98,12 @@ def planned_bytes(file: Path) -> tuple[int, int]:
     return sum(int(tensor.n_bytes) for tensor in matrices), sum(int(tensor.n_elements) for tensor in matrices)
 
 
-def score(file: Path, dtype: str) -> dict[str, Any]:
+def score(file: Path, how: Computing) -> dict[str, Any]:
     """Scores and size of one file, decoded."""
-    spec = EvaluateSpec(perplexity="builtin", max_tokens=NUM_TOKENS, window=512)
-    results = evaluate_arms(open_arms([f"arm={file}"], dtype=getattr(torch, dtype)), spec, progress=Context().progress)
+    spec = EvaluateSpec(perplexity="builtin", max_tokens=how.tokens, window=512)
+    results = evaluate_arms(
+        open_arms([f"arm={file}"], dtype=getattr(torch, how.dtype)), spec, progress=Context().progress
+    )
     size, weights = planned_bytes(file)
     types: dict[str, int] = {}
     for tensor in GGUFReader(file).tensors:
@@ -108,25 +118,25 @@ def plain(source: str, out: Path) -> Path:
     return file if file.exists() else export(source, "gguf", file).path
 
 
-def theirs(library: Path, source: str, out: Path, kind: str, dtype: str) -> dict[str, Any]:
+def theirs(library: Path, source: str, out: Path, kind: str, how: Computing) -> dict[str, Any]:
     """llama.cpp's file of a type, scored."""
     file = out / f"llama.cpp-{kind}.gguf"
     if not file.exists():
-        quantize_file(library, plain(source, out), file, kind, importance(source, dtype))
-    return score(file, dtype)
+        quantize_file(library, plain(source, out), file, kind, importance(source, how.dtype))
+    return score(file, how)
 
 
-def ours(source: str, out: Path, kind: str, dtype: str) -> dict[str, Any]:
+def ours(source: str, out: Path, kind: str, how: Computing) -> dict[str, Any]:
     """A file of no more bytes by this project, scored."""
     size, weights = planned_bytes(out / f"llama.cpp-{kind}.gguf")
     folder, file = out / f"aqtx-{kind}", out / f"aqtx-{kind}.gguf"
     if not file.exists():
         plan = {"method": "fisher", "target": "llama.cpp", "candidates": CANDIDATES, "keep": KEEP}
-        recipe = {"version": 1, "seed": 0, "model": {"source": source, "dtype": dtype}, "output": str(folder)}
+        recipe = {"version": 1, "seed": 0, "model": {"source": source, "dtype": how.dtype}, "output": str(folder)}
         passes = [{"assign_plan": {**plan, "average_bits": size * 8 / weights}}, "gptq", "emit"]
         aqtx.apply({**recipe, "calibration": TEXT, "report": False, "passes": passes}, overwrite=True)
         export(folder, "gguf", file)
-    return score(file, dtype)
+    return score(file, how)
 
 
 def main() -> None:
@@ -137,15 +147,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("types", nargs="+", metavar="TYPE", help="of llama.cpp, as Q4_K_M")
     parser.add_argument("--dtype", default="bfloat16", help="in which all is computed")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of held-out text (default: 100,000)")
     arguments = parser.parse_args()
-    source, out, dtype = arguments.source, arguments.out, arguments.dtype
+    source, out, how = arguments.source, arguments.out, Computing(arguments.dtype, arguments.tokens)
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     arms: dict[str, Any] = {}
     for kind in arguments.types:
-        arms[f"llama.cpp {kind}"] = partial(theirs, arguments.library, source, out, kind, dtype)
-        arms[f"aqtx {kind}"] = partial(ours, source, out, kind, dtype)
-    found = measured(out / "scores", {**arms, "bf16": lambda: score(plain(source, out), dtype)})
+        arms[f"llama.cpp {kind}"] = partial(theirs, arguments.library, source, out, kind, how)
+        arms[f"aqtx {kind}"] = partial(ours, source, out, kind, how)
+    found = measured(out / "scores", {**arms, "bf16": lambda: score(plain(source, out), how)})
     scores = {name: DocumentScores.from_json(arm["scores"]) for name, arm in found.items()}
     for name, arm in found.items():
         change = paired_change(scores["bf16"], scores[name])
