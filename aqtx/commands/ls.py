@@ -90,7 +90,8 @@ def list_formats() -> str:
     table = format_table(list(rows[0]), [list(row.values()) for row in rows])
     return (
         f"{table}\n\nbits are per weight of a 2048 x 2048 matrix, scales included. A name may end in a group, in _row "
-        "for a whole row,\n_asym for zero points and @RULE for the scale rule: int4_g64_asym, int8_row, mxfp4@even."
+        "for a whole row,\n_asym for zero points and @RULE for the scale rule: int4_g64_asym, int8_row, mxfp4@even.\n"
+        "Without one, inputs too are rounded by the rule above; mxfp8@rceil and mxfp4@even lose less there."
     )
 
 

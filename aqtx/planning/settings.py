@@ -45,7 +45,8 @@ class Settings:
         budget_bytes: bytes of all stored tensors, kept ones included. Give this or average_bits.
         keep: categories (`attention`, `router`, ...) and patterns of sites that stay as they are. Default:
             attention, router, shared_expert_gate and lm_head; nothing for `manual`, whose file decides.
-        activations: `none`, or the format into which each token's inputs of planned sites are rounded.
+        activations: `none`, or the format into which each token's inputs of planned sites are rounded. Of MX,
+            `mxfp8@rceil` and `mxfp4@even` lose less than OCP's own rule, which a name without a rule means.
         rotate: `auto` measures on 4,096 tokens of calibration text what a Hadamard rotation of each input gains, and
             decides formats and rotations together; `insert_hadamard: {before: [plan]}` and `fuse_hadamard` then carry
             it out.
