@@ -25,20 +25,15 @@ import torch
 
 import aqtx
 from aqtx.errors import InputError
-from aqtx.evaluate.divergence import evaluate_divergence
-from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.evaluate.statistics import paired_change
-from aqtx.numerics.intervals import bootstrap_ratio
+from aqtx.evaluate.perplexity import evaluate_perplexity
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.passes.gptq import Gptq
 from aqtx.planning.decide import decide
 from aqtx.program.program import Program
 from aqtx.registry import Context
-from aqtx.report.numbers import interval
-from aqtx.runs.pipeline import Run
 from aqtx.text.calibration_spec import CalibrationSpec
 from aqtx.text.tokens import calibration, evaluation, load_tokenizer
 from benchmarks.arms import file_of, measured
+from benchmarks.plan_scores import WINDOW, score_plan, table
 
 Found = dict[str, Any]
 ARMS = {
@@ -49,7 +44,7 @@ ARMS = {
     "groups": ("groups",),
 }
 FIRST = "int"  # what the others are compared with
-SEQUENCES, LENGTH, WINDOW = 64, 256, 512
+SEQUENCES, LENGTH = 64, 256
 
 
 @dataclass(frozen=True)
@@ -85,39 +80,13 @@ class Bench:
 
     def score(self, arm: str | None, bits: float = 0.0) -> Found:
         """Losses and divergences of each document under an arm's plan; without one, losses of the model."""
-        original = aqtx.trace(self.model)
-        assert original.folder is not None
-        documents = evaluation("builtin", load_tokenizer(original.folder), max_tokens=self.max_tokens)
-        if arm is None:
-            return {"loss": evaluate_perplexity(original.module(), documents, window=WINDOW).to_json()}
-        plan = json.loads(file_of(self.folder, "plans").read_text())[arm][f"{bits:g}"]
         program, context = self.opened()
-        Run(program, context).execute([AssignPlan(method="manual", plan=plan), Gptq()])
-        [found] = evaluate_divergence(original.module(), [program.module()], documents, window=WINDOW)
-        return {"loss": found.loss.to_json(), "divergence": found.divergence.to_json(), "bits": plan["average_bits"]}
-
-
-def table(found: dict[str, Found], budgets: tuple[float, ...]) -> str:
-    """Markdown: a row for each budget and arm, those with ratios and changes paired with the first."""
-    lines = [
-        f"| bits | candidates | stored bits | divergence, thousandths of a nat | over that of `{FIRST}` "
-        "| change of loss | change against it |",
-        f"|{'---|' * 7}",
-    ]
-    before = DocumentScores.from_json(found["model"]["loss"])
-    for budget in budgets:
-        rows = {arm: found[f"at {budget:g} {arm}"] for arm in ARMS if f"at {budget:g} {arm}" in found}
-        scores = {arm: DocumentScores.from_json(row["divergence"]) for arm, row in rows.items()}
-        losses = {arm: DocumentScores.from_json(row["loss"]) for arm, row in rows.items()}
-        for arm, row in rows.items():
-            own = bootstrap_ratio(1000 * scores[arm].nll, scores[arm].num_tokens)
-            cells = [f"{budget:g}", arm, f"{row['bits']:.3f}", interval(own.to_json(), 2), ""]
-            cells += [interval(paired_change(before, losses[arm]).to_json(), 4, signed=True), ""]
-            if arm != FIRST and FIRST in rows:
-                cells[4] = interval(bootstrap_ratio(scores[arm].nll, scores[FIRST].nll).to_json())
-                cells[6] = interval(paired_change(losses[FIRST], losses[arm]).to_json(), 4, signed=True)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if arm is None:
+            assert program.folder is not None
+            documents = evaluation("builtin", load_tokenizer(program.folder), max_tokens=self.max_tokens)
+            return {"loss": evaluate_perplexity(program.module(), documents, window=WINDOW).to_json()}
+        plan = json.loads(file_of(self.folder, "plans").read_text())[arm][f"{bits:g}"]
+        return score_plan(program, context, plan, self.max_tokens) | {"bits": plan["average_bits"]}
 
 
 def main() -> None:
@@ -135,7 +104,7 @@ def main() -> None:
     steps = {"model": partial(bench.score, None)}
     for bits in bench.bits:
         steps |= {f"at {bits:g} {arm}": partial(bench.score, arm, bits) for arm in ARMS if f"{bits:g}" in plans[arm]}
-    print(table(measured(folder, steps), bench.bits))
+    print(table(measured(folder, steps), list(ARMS), bench.bits, FIRST))
 
 
 if __name__ == "__main__":

@@ -34,30 +34,27 @@ import numpy as np
 import torch
 
 import aqtx
-from aqtx.evaluate.divergence import evaluate_divergence
-from aqtx.evaluate.perplexity import DocumentScores, evaluate_perplexity
-from aqtx.evaluate.statistics import paired_change
+from aqtx.evaluate.perplexity import evaluate_perplexity
 from aqtx.numerics.intervals import bootstrap_ratio
 from aqtx.passes.annotate_alpha import AnnotateAlpha
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.passes.gptq import Gptq
 from aqtx.planning.arms import StudySpec
 from aqtx.planning.decide import decide
 from aqtx.planning.options import divide
 from aqtx.registry import Context
 from aqtx.report.numbers import interval
-from aqtx.runs.pipeline import Run
 from aqtx.sensitivity.fisher import losses_along
 from aqtx.sensitivity.measured import requests
 from aqtx.study.plans import plan_arm
 from aqtx.text import own_text
 from aqtx.text.calibration_spec import CalibrationSpec
-from aqtx.text.tokens import Document, calibration, evaluation, load_tokenizer, start_of
+from aqtx.text.tokens import calibration, evaluation, load_tokenizer, start_of
 from benchmarks.arms import file_of, measured
+from benchmarks.plan_scores import WINDOW, score_plan, table
 
 Found = dict[str, Any]
 CANDIDATES = ("int2", "int3", "mxfp4", "mxfp6", "mxfp8")
-SEQUENCES, LENGTH, WINDOW = 64, 256, 512
+SEQUENCES, LENGTH = 64, 256
 FORETOLD = 480
 SOURCES = ("text", "own", "own4", "own frequency", "random tokens")
 # arm -> the source of its Fisher information or the method of its plan, and the source of GPTQ
@@ -153,22 +150,15 @@ class Bench:
 
     def score(self, plan: str | None, source: str = "", bits: float = 0.0) -> Found:
         """Losses and divergences of each document under a plan that GPTQ carries out; without one, of the model."""
-        program, original = aqtx.trace(self.model), aqtx.trace(self.model)
-        documents = self._documents()
+        program = aqtx.trace(self.model)
         if plan is None:
-            return {"loss": evaluate_perplexity(original.module(), documents, window=WINDOW).to_json()}
+            assert program.folder is not None
+            documents = evaluation("builtin", load_tokenizer(program.folder), max_tokens=self.max_tokens)
+            return {"loss": evaluate_perplexity(program.module(), documents, window=WINDOW).to_json()}
         ids = torch.tensor(self.read(f"text {source}")["ids"])
         told = self.read(f"plans {plan}")[f"{bits:g}"]
-        run = Run(program, Context(quiet=True, load_calibration=lambda: ids))
-        run.execute([AssignPlan(method="manual", plan=told), Gptq()])
-        rounded = program.module()
-        [found] = evaluate_divergence(original.module(), [rounded], documents, window=WINDOW)
-        return {"loss": found.loss.to_json(), "divergence": found.divergence.to_json(), "bits": told["average_bits"]}
-
-    def _documents(self) -> list[Document]:
-        folder = aqtx.trace(self.model).folder
-        assert folder is not None
-        return evaluation("builtin", load_tokenizer(folder), max_tokens=self.max_tokens)
+        context = Context(quiet=True, load_calibration=lambda: ids)
+        return score_plan(program, context, told, self.max_tokens) | {"bits": told["average_bits"]}
 
     def read(self, name: str) -> Found:
         """A step that is there."""
@@ -205,30 +195,6 @@ def foretold(bench: Bench, arms: list[str]) -> str:
     return "\n".join(lines)
 
 
-def table(found: dict[str, Found], arms: list[str], bits: tuple[float, ...]) -> str:
-    """Markdown: a row for each arm and budget, those with intervals paired with `text`."""
-    lines = [
-        "| bits | arm | stored bits | divergence, thousandths of a nat | over that of `text` | change of loss "
-        "| change against `text` |",
-        f"|{'---|' * 7}",
-    ]
-    before = DocumentScores.from_json(found["model"]["loss"])
-    for budget in bits:
-        rows = {arm: found[f"at {budget:g} {arm}"] for arm in arms if f"at {budget:g} {arm}" in found}
-        scores = {arm: DocumentScores.from_json(row["divergence"]) for arm, row in rows.items()}
-        losses = {arm: DocumentScores.from_json(row["loss"]) for arm, row in rows.items()}
-        for arm, row in rows.items():
-            own = bootstrap_ratio(1000 * scores[arm].nll, scores[arm].num_tokens)
-            over = bootstrap_ratio(scores[arm].nll, scores["text"].nll)
-            cells = [f"{budget:g}", f"`{arm}`", f"{row['bits']:.3f}", interval(own.to_json(), 2)]
-            cells += ["", interval(paired_change(before, losses[arm]).to_json(), 4, signed=True), ""]
-            if arm != "text":
-                cells[4] = interval(over.to_json())
-                cells[6] = interval(paired_change(losses["text"], losses[arm]).to_json(), 4, signed=True)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Run what is missing, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,7 +221,7 @@ def main() -> None:
         folder, {name: step for name, step in steps.items() if (folder / f"{name.replace(' ', '-')}.json").exists()}
     )
     if "model" in found and any(f"at {budget:g} text" in found for budget in bench.bits):
-        print(table(found, arguments.arms, tuple(b for b in bench.bits if f"at {b:g} text" in found)))
+        print(table(found, arguments.arms, [b for b in bench.bits if f"at {b:g} text" in found], "text"))
 
 
 if __name__ == "__main__":

@@ -21,24 +21,23 @@ from typing import Any
 import torch
 
 import aqtx
-from aqtx.evaluate.divergence import divergence_of, evaluate_divergence
+from aqtx.evaluate.divergence import divergence_of
 from aqtx.evaluate.perplexity import DocumentScores
 from aqtx.evaluate.statistics import paired_change
 from aqtx.numerics.allocate import allocate
 from aqtx.numerics.intervals import bootstrap_ratio
 from aqtx.passes.assign_plan import AssignPlan
-from aqtx.passes.gptq import Gptq
 from aqtx.planning.options import divide
 from aqtx.program.program import Program
 from aqtx.program.site import Site
 from aqtx.registry import Context
 from aqtx.report.numbers import interval
-from aqtx.runs.pipeline import Run
 from aqtx.sensitivity.fisher import measure_fisher
 from aqtx.sensitivity.measured import requests, table
 from aqtx.text.calibration_spec import CalibrationSpec
-from aqtx.text.tokens import calibration, evaluation, load_tokenizer
+from aqtx.text.tokens import calibration, load_tokenizer
 from benchmarks.arms import file_of, measured
+from benchmarks.plan_scores import score_plan
 
 Found = dict[str, Any]
 Dropped = Sequence[tuple[int, int]]  # (layer, expert)
@@ -150,13 +149,8 @@ def _told(
 def score(model: str, folder: Path, arm: str, tokens: int) -> Found:
     """Losses and divergences of each document."""
     plan = json.loads(file_of(folder, "plans").read_text())[arm]
-    original = aqtx.trace(model)
-    assert original.folder is not None
-    documents = evaluation("builtin", load_tokenizer(original.folder), max_tokens=tokens)
     program, context = opened(model, plan["dropped"])
-    Run(program, context).execute([AssignPlan(method="manual", plan=plan["formats"]), Gptq()])
-    [found] = evaluate_divergence(original.module(), [program.module()], documents, window=512)
-    return {"loss": found.loss.to_json(), "divergence": found.divergence.to_json()}
+    return score_plan(program, context, plan["formats"], tokens)
 
 
 def main() -> None:
