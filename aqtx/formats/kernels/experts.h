@@ -4,7 +4,7 @@
 
 #include "packed.h"
 
-// e^x to 2 units in the last place, in a form that compilers vectorise; infinite beyond floats, NaN stays.
+// e^x to 2 units in the last place, in a form that compilers vectorise; for x beyond -87 and 88.5 that of these, NaN stays.
 INLINE float exp_of(float x) {
   const float clamped = x < -87.0f ? -87.0f : x > 88.5f ? 88.5f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: whole numbers in the low bits
