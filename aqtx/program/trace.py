@@ -1,7 +1,6 @@
 """From a checkpoint or a module to a `Program`: export on meta, canonical graphs, weights by name."""
 
 import copy
-import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,7 +27,7 @@ _ASSERTIONS = (
     torch.ops.aten.sym_constrain_range.default,
 )
 
-# graphs of configs as they were traced, the last few, since a trace takes a second for each ten layers
+# graphs of configs as they were traced, the last few, since a trace takes seconds
 _KEPT: OrderedDict[tuple[str, ...], fx.GraphModule] = OrderedDict()
 _MOST_KEPT, _MOST_NODES = 8, 4000
 
@@ -69,9 +68,7 @@ def build_program(
             parameter.data = parameter.data.to(dtype)
     tied = untie(model)
     specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in model.named_parameters()}
-
-    told = json.dumps(config, sort_keys=True, default=str)
-    key = (repr(type(model)), told, str(dtype), str(torch.get_default_dtype()))
+    key = (repr(type(model)), repr(config), str(dtype), str(torch.get_default_dtype()))
 
     def traced(entry: str) -> fx.GraphModule:
         if not by_config:
